@@ -1,0 +1,141 @@
+"""The schema of conf/: what may be set, its meaning, its allowed values.
+
+All of it lives in this one torch-free module (not beside each component) because the supervisor must validate an
+override and print the help within a second, before anything heavy is imported. `launch/` converts once; each
+component is handed only its own dataclass.
+"""
+
+import dataclasses
+import ipaddress
+import socket
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+DTYPES = ("float32", "bfloat16", "float16", "auto")
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+def _key(default: Any, help_: str) -> Any:
+    return field(default=default, metadata={"help": help_})
+
+
+def _check(ok: bool, key: str, value: object, allowed: str) -> None:
+    if not ok:
+        raise ValueError(f"{key}={value!r}: {allowed}")
+
+
+@dataclass
+class ModelConfig:
+    """Which model, and how it is held."""
+
+    name: str = _key("demo", "name clients use for the model")
+    path: str = _key("", "folder of a Hugging Face safetensors checkpoint (config.json beside it)")
+    dtype: str = _key("float32", f"weights and compute: one of {', '.join(DTYPES)} (auto: the checkpoint's own)")
+    device: str = _key("auto", "cpu, cuda, or auto (cuda when there is a GPU for every local rank)")
+
+    def validate(self) -> None:
+        """Raise ValueError, naming the key and what is allowed, when a value cannot work."""
+        _check(self.dtype in DTYPES, "model.dtype", self.dtype, f"must be one of {', '.join(DTYPES)}")
+        _check(self.device in ("auto", "cpu", "cuda"), "model.device", self.device, "must be auto, cpu or cuda")
+        _check(bool(self.path), "model.path", self.path, "must name a folder with a safetensors checkpoint")
+        folder = Path(self.path)
+        _check(folder.is_dir(), "model.path", self.path, "no such folder; give a local checkpoint folder")
+        _check((folder / "config.json").is_file(), "model.path", self.path, "holds no config.json")
+        files = ("model.safetensors", "model.safetensors.index.json")
+        _check(any((folder / f).is_file() for f in files), "model.path", self.path, f"holds neither {files[0]} nor {files[1]}")
+
+
+@dataclass
+class ElasticConfig:
+    """Experts, slots and the deadlines of the group."""
+
+    redundant_slots: int = _key(0, "spare expert slots per rank and layer, beyond the fewest that hold every expert")
+    slots_per_rank: int | None = _key(None, "expert slots per rank and layer; null: ceil(experts / ranks) + redundant_slots")
+    exchange_timeout_s: float = _key(30.0, "deadline of one token exchange between ranks, in seconds")
+    start_timeout_s: float = _key(120.0, "how long the ranks wait for each other at start, in seconds")
+
+    def validate(self) -> None:
+        """Raise ValueError, naming the key and what is allowed, when a value cannot work."""
+        _check(self.redundant_slots >= 0, "elastic.redundant_slots", self.redundant_slots, "must be 0 or more")
+        slots = self.slots_per_rank
+        _check(slots is None or slots >= 1, "elastic.slots_per_rank", slots, "must be null, or 1 or more")
+        for key in ("exchange_timeout_s", "start_timeout_s"):
+            _check(getattr(self, key) > 0, f"elastic.{key}", getattr(self, key), "must be more than 0 seconds")
+
+
+@dataclass
+class ServingConfig:
+    """Continuous batching on each rank."""
+
+    max_model_len: int | None = _key(None, "longest prompt + completion in tokens; null: the model's own limit")
+    max_requests: int = _key(32, "requests one rank runs at once; more wait")
+    max_batch_tokens: int = _key(512, "tokens one rank puts into one forward step")
+    kv_cache_tokens: int = _key(32768, "tokens the paged KV cache of one rank holds")
+    page_size: int = _key(32, "tokens in one page of the KV cache (power of two, 4 or more)")
+    prefix_caching: bool = _key(True, "share KV pages between requests with the same beginning")
+
+    def validate(self) -> None:
+        """Raise ValueError, naming the key and what is allowed, when a value cannot work."""
+        length = self.max_model_len
+        _check(length is None or length >= 2, "serving.max_model_len", length, "must be null, or 2 or more")
+        for key in ("max_requests", "max_batch_tokens"):
+            _check(getattr(self, key) >= 1, f"serving.{key}", getattr(self, key), "must be 1 or more")
+        page = self.page_size
+        _check(page >= 4 and page & (page - 1) == 0, "serving.page_size", page, "must be a power of two, 4 or more")
+        tokens = self.kv_cache_tokens
+        _check(tokens >= 2 * page, "serving.kv_cache_tokens", tokens, f"must be at least two pages ({2 * page} tokens)")
+
+
+@dataclass
+class ServerConfig:
+    """The HTTP front end, one per node."""
+
+    host: str = _key("127.0.0.1", "address the HTTP server binds to")
+    port: int = _key(8000, "port of the HTTP server (0: any free one, printed at start)")
+    max_waiting: int = _key(1024, "requests in flight at one front end before it answers 429")
+
+    def validate(self) -> None:
+        """Raise ValueError, naming the key and what is allowed, when a value cannot work."""
+        _check(0 <= self.port <= 65535, "server.port", self.port, "must be 0 to 65535")
+        _check(self.max_waiting >= 1, "server.max_waiting", self.max_waiting, "must be 1 or more")
+        try:
+            ipaddress.ip_address(self.host)
+        except ValueError:
+            _check(_resolves(self.host), "server.host", self.host, "must be an IP address or a host name that resolves")
+
+
+def _resolves(host: str) -> bool:
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        return False
+    return True
+
+
+@dataclass
+class ServeConfig:
+    """Everything `launch/serve.py` may be told."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    elastic: ElasticConfig = field(default_factory=ElasticConfig)
+    serving: ServingConfig = field(default_factory=ServingConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
+    log_level: str = _key("info", f"one of {', '.join(LOG_LEVELS)}")
+
+    def validate(self) -> None:
+        """Raise ValueError with one line about the first value that cannot work."""
+        _check(self.log_level in LOG_LEVELS, "log_level", self.log_level, f"must be one of {', '.join(LOG_LEVELS)}")
+        for part in (self.model, self.elastic, self.serving, self.server):
+            part.validate()
+
+
+def describe(schema: type, prefix: str = "") -> list[tuple[str, object, str]]:
+    """All leaf keys of a schema as (dotted key, default, meaning), in the order they are written."""
+    rows: list[tuple[str, object, str]] = []
+    for f in dataclasses.fields(schema):
+        if f.default_factory is not dataclasses.MISSING:
+            rows += describe(type(f.default_factory()), f"{prefix}{f.name}.")
+        else:
+            rows.append((prefix + f.name, f.default, f.metadata["help"]))
+    return rows

@@ -1,0 +1,25 @@
+"""The errors a caller may expect.
+
+A user's mistake is a `ValueError` that names the allowed values. The small tree below is for what happens to
+a healthy program in an unhealthy cluster; anything else is a bug and ends the process.
+"""
+
+
+class ElasticError(RuntimeError):
+    """Base of every expected failure of the cluster."""
+
+
+class PeerLost(ElasticError):
+    """A collective or transfer broke off because a peer died, left, or missed its deadline."""
+
+
+class StaleEpoch(ElasticError):
+    """A message, group or transfer named an epoch that is no longer the current one."""
+
+
+class NotEnoughSlots(ElasticError, ValueError):
+    """The live slots cannot hold every logical expert once."""
+
+
+class CheckpointError(ElasticError, ValueError):
+    """A checkpoint is missing, incomplete, or does not fit the model."""

@@ -1,0 +1,55 @@
+"""TokenExchange: how tokens travel to the slots that compute them, and the results back."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Dispatched:
+    """What arrived at this rank, grouped by its own slots.
+
+    `rows` [M, D] belong to slot 0, then slot 1, ...; `offsets` int32 [S] are the ends of the groups. Rows past
+    `offsets[-1]` are padding: whatever is computed from them is ignored. `ticket` is the exchange's own business.
+    """
+
+    rows: torch.Tensor
+    offsets: torch.Tensor
+    ticket: Any
+
+
+class TokenExchange(ABC):
+    """One implementation per way of moving tokens. All ranks of a group call the same methods in the same order.
+
+    The interface leaves shapes to the implementation: a collective one returns exactly the rows that came; one of
+    fixed shape (capturable in a CUDA graph) returns a full buffer and says by `offsets` what of it counts.
+    """
+
+    @abstractmethod
+    def dispatch(self, hidden: torch.Tensor, slots: torch.Tensor) -> Dispatched:
+        """Send each token to the slots of its K experts. Collective; T may be zero and differ between ranks.
+
+        Args:
+            hidden: [T, D] tokens of this rank.
+            slots: int64 [T, K] physical slots, each 0..P-1.
+
+        Raises:
+            PeerLost: a peer died, left, or missed the deadline.
+        """
+
+    @abstractmethod
+    def combine(self, rows: torch.Tensor, ticket: Any) -> torch.Tensor:
+        """Return the results to the ranks the tokens came from. Collective.
+
+        Args:
+            rows: [M, D] results in the order of `Dispatched.rows`.
+            ticket: of the `Dispatched` they answer.
+
+        Returns:
+            [T, K, D]: for each token the results of its K experts, in the order of K.
+
+        Raises:
+            PeerLost: a peer died, left, or missed the deadline.
+        """

@@ -1,0 +1,95 @@
+"""SlotExperts: the experts in one rank's slots of one layer, computed by grouped GEMM."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from elastic_moe.weights.layout import ExpertLayout
+
+
+class SlotExperts(nn.Module):
+    """All tensors of an expert stand in one list with a leading slot dimension [S, ...] and move together.
+
+    Activation, gate, bias and orientation are those of the transformers experts module it is made from, which
+    stays inside as `template`, stripped of its expert tensors.
+    """
+
+    def __init__(self, template: nn.Module, layout: ExpertLayout, num_slots: int, device: torch.device) -> None:
+        """`template` loses its expert parameters: they belong to the slots from now on."""
+        super().__init__()
+        self.layout = layout
+        self.num_slots = num_slots
+        trainable = any(getattr(template, name).requires_grad for name in layout.names)
+        for name, shape, dtype in zip(layout.names, layout.shapes, layout.dtypes, strict=True):
+            delattr(template, name)
+            slots = torch.zeros((num_slots, *shape), dtype=dtype, device=device)
+            self.register_parameter(name, nn.Parameter(slots, requires_grad=trainable))
+        self.template = template
+        self._first = "gate_up_proj" if template.has_gate else "up_proj"
+
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+        return getattr(self, self._first).shape[1 if self.template.is_transposed else 2]
+
+    def slot_tensors(self, slot: int) -> Sequence[torch.Tensor]:
+        """Views of the tensors of one slot, in the order of `layout.names`."""
+        return [getattr(self, name).detach()[slot] for name in self.layout.names]
+
+    def forward(self, rows: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        """Compute each row by the expert of its slot, without the routing weight.
+
+        Args:
+            rows: [M, D], grouped by slot.
+            offsets: int32 [S], the end of each slot's rows; rows past the last are padding.
+
+        Returns:
+            [M, D].
+        """
+        template = self.template
+        up = self._linear(rows, self._first, offsets)
+        hidden = template._apply_gate(up) if template.has_gate else template.act_fn(up)
+        out = self._linear(hidden, "down_proj", offsets)
+        return template.post_expert_norm(out) if template.has_post_expert_norm else out
+
+    def _linear(self, rows: torch.Tensor, name: str, offsets: torch.Tensor) -> torch.Tensor:
+        weight = getattr(self, name)
+        out = grouped_mm(rows, weight if self.template.is_transposed else weight.transpose(-2, -1), offsets)
+        if self.template.has_bias:
+            bias = getattr(self, f"{name}_bias")
+            slot = torch.searchsorted(offsets, torch.arange(rows.shape[0], device=rows.device), right=True)
+            out = out + bias[slot.clamp(max=self.num_slots - 1)]
+        return out
+
+
+def grouped_mm(rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """`rows[offsets[s-1]:offsets[s]] @ weight[s]` for every s, in one kernel where torch has one for it.
+
+    Args:
+        rows: [M, in], grouped.
+        weight: [S, in, out].
+        offsets: int32 [S], ends of the groups.
+
+    Returns:
+        [M, out]; rows past the last offset are undefined.
+    """
+    if rows.shape[0] and _has_kernel(rows, weight):
+        return F.grouped_mm(rows, weight, offs=offsets)
+    parts, begin = [], 0
+    for expert, end in zip(weight, offsets.tolist(), strict=True):
+        if end > begin:
+            parts.append(rows[begin:end] @ expert)
+        begin = end
+    if rows.shape[0] > begin or not parts:
+        parts.append(rows.new_zeros((rows.shape[0] - begin, weight.shape[-1])))
+    return torch.cat(parts)
+
+
+def _has_kernel(rows: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether `F.grouped_mm` takes these: dtype by device, and 16-byte rows on a GPU (torch 2.11 to 2.13)."""
+    if rows.device.type == "cpu":
+        return rows.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    aligned = all(n * rows.element_size() % 16 == 0 for n in weight.shape[-2:])
+    return rows.dtype == torch.bfloat16 and aligned and torch.cuda.get_device_capability(rows.device) >= (8, 0)

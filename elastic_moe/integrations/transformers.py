@@ -1,0 +1,175 @@
+"""elasticize: give a transformers MoE model its experts in slots, spread over the ranks of a runtime."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from elastic_moe.experts.slots import SlotExperts
+from elastic_moe.layer import ElasticMoELayer
+from elastic_moe.placement.placement import EMPTY
+from elastic_moe.runtime import ElasticRuntime
+from elastic_moe.weights.checkpoint import CheckpointReader
+from elastic_moe.weights.layout import ExpertLayout
+from elastic_moe.weights.materialize import materialize
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes read so far, bytes to read in all) while a checkpoint is loaded."""
+
+_EXPERTS_INTERFACE = ("num_experts", "has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
+
+
+def find_experts(model: nn.Module) -> dict[str, nn.Module]:
+    """The `experts` modules of all MoE layers by qualified name, in the order of the layers.
+
+    Raises:
+        ValueError: there is none, or they differ in their number of experts.
+    """
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if not isinstance(module, ElasticMoELayer) and all(hasattr(module, key) for key in _EXPERTS_INTERFACE)
+    }
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no experts module that transformers (>= 5) can dispatch to")
+    sizes = {module.num_experts for module in found.values()}
+    if len(sizes) > 1:
+        raise ValueError(f"the MoE layers have different numbers of experts {sorted(sizes)}; one number is supported")
+    return found
+
+
+def meta_model(folder: str | Path, dtype: torch.dtype | None, config: PretrainedConfig | None = None) -> PreTrainedModel:
+    """The model of a checkpoint on the meta device: structure, no memory. `dtype` None means the checkpoint's own."""
+    config = config or AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32)
+
+
+def elasticize(
+    model: PreTrainedModel,
+    runtime: ElasticRuntime,
+    *,
+    checkpoint: str | Path | None = None,
+    slots_per_rank: int | None = None,
+    redundant_slots: int = 0,
+    progress: Progress | None = None,
+) -> PreTrainedModel:
+    """Replace the experts modules of `model`, in place, by `ElasticMoELayer`s and load this rank's slots.
+
+    With `checkpoint`, `model` is on the meta device (`meta_model`): dense weights are read whole, experts one at a
+    time into their slots and nowhere else. Without, `model` holds all its weights and each rank keeps its share.
+
+    Args:
+        model: a transformers MoE model whose blocks call `experts(hidden_states, top_k_index, top_k_weights)`.
+        runtime: the group; its experts are placed here if they are not yet.
+        checkpoint: folder with safetensors and config.json.
+        slots_per_rank: S; default ceil(E / R) + `redundant_slots`.
+        redundant_slots: spare slots per rank and layer, filled with replicas.
+        progress: told of the bytes read.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: the model has no experts module, or a checkpoint is missing for a model on the meta device.
+        NotEnoughSlots: fewer slots than experts.
+        CheckpointError: the checkpoint is incomplete or does not fit.
+    """
+    experts = find_experts(model)
+    on_meta = any(p.is_meta for p in model.parameters())
+    if on_meta and checkpoint is None:
+        raise ValueError("the model is on the meta device: give checkpoint=FOLDER to load it from")
+    layouts = {name: ExpertLayout.of_module(module) for name, module in experts.items()}
+    first = next(iter(layouts.values()))
+    runtime.place(len(experts), first.num_experts, slots_per_rank=slots_per_rank, redundant_slots=redundant_slots)
+    if checkpoint is not None:
+        reader = CheckpointReader(checkpoint, model, layouts)
+        try:
+            return _load(model, runtime, experts, reader, progress)
+        finally:
+            reader.close()
+    sources = {name: [getattr(module, key).detach() for key in layouts[name].names] for name, module in experts.items()}
+    for name, slots in _swap(model, runtime, experts).items():
+        for slot, expert in _own_slots(runtime, slots):
+            for ours, source in zip(slots.experts.slot_tensors(slot), sources[name], strict=True):
+                ours.copy_(source[expert])
+    return model.to(runtime.device)
+
+
+def _swap(model: PreTrainedModel, runtime: ElasticRuntime, experts: dict[str, nn.Module]) -> dict[str, ElasticMoELayer]:
+    """Put an ElasticMoELayer in the place of each experts module."""
+    layers: dict[str, ElasticMoELayer] = {}
+    num_slots = runtime.registry.placement.slots_per_rank
+    for number, (name, module) in enumerate(experts.items()):
+        slots = SlotExperts(module, ExpertLayout.of_module(module), num_slots, runtime.device)
+        layers[name] = ElasticMoELayer(number, slots, runtime)
+        model.set_submodule(name, layers[name])
+    return layers
+
+
+def _own_slots(runtime: ElasticRuntime, layer: ElasticMoELayer) -> list[tuple[int, int]]:
+    """(slot, expert) of this rank's filled slots of one layer."""
+    held = runtime.registry.placement.of_rank(runtime.rank)[layer.layer]
+    return [(slot, int(expert)) for slot, expert in enumerate(held) if expert != EMPTY]
+
+
+def _load(
+    model: PreTrainedModel,
+    runtime: ElasticRuntime,
+    experts: dict[str, nn.Module],
+    reader: CheckpointReader,
+    progress: Progress | None,
+) -> PreTrainedModel:
+    owners = {name: (module, key) for name, module, key in _named_tensors(model)}
+    layers = _swap(model, runtime, experts)
+    wanted = {name: _own_slots(runtime, layer) for name, layer in layers.items()}
+    total = reader.bytes_total_dense + sum(reader.bytes_per_expert(name) * len(own) for name, own in wanted.items())
+    with torch.no_grad():
+        for name, tensor in reader.read_dense():
+            module, key = owners[name]
+            _assign(module, key, tensor.to(runtime.device))
+            if progress:
+                progress(reader.bytes_read, total)
+        for name, own in wanted.items():
+            for slot, expert in own:
+                reader.read_expert(name, expert, layers[name].experts.slot_tensors(slot))
+                if progress:
+                    progress(reader.bytes_read, total)
+        materialize(model, runtime.device)
+    return model.eval()
+
+
+def _named_tensors(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
+    """(qualified name, owning module, attribute) of every parameter and buffer."""
+    return [
+        (f"{prefix}.{key}" if prefix else key, module, key)
+        for prefix, module in model.named_modules()
+        for key in (*module._parameters, *module._buffers)
+    ]
+
+
+def _assign(module: nn.Module, key: str, tensor: torch.Tensor) -> None:
+    if key in module._parameters:
+        old = module._parameters[key]
+        tensor = nn.Parameter(tensor, requires_grad=old is not None and old.requires_grad)
+    setattr(module, key, tensor)
+
+
+class LoadTimer:
+    """Counts what was loaded and how fast, for the line at the end."""
+
+    def __init__(self) -> None:
+        self._begin = time.monotonic()
+        self.bytes = 0
+
+    def __call__(self, done: int, total: int) -> None:
+        """A `Progress`."""
+        self.bytes = done
+
+    def summary(self) -> str:
+        """For example `13.9 MB in 0.21 s (0.07 GB/s)`."""
+        seconds = time.monotonic() - self._begin
+        return f"{self.bytes / 1e6:.1f} MB in {seconds:.2f} s ({self.bytes / 1e9 / seconds:.2f} GB/s)"

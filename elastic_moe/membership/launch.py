@@ -1,0 +1,44 @@
+"""What torchrun tells a process about its place in the launch."""
+
+from collections.abc import Mapping
+
+import msgspec
+
+
+class Launch(msgspec.Struct, frozen=True):
+    """One process's place among the ranks that torchrun started together."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    node: int = 0
+    store: str = ""
+    """`host:port` of the launch's TCPStore; empty for a lone process."""
+    store_is_up: bool = True
+    """Whether torchrun's agent keeps that store; if not, rank 0 must."""
+    attempt: str = "0"
+    """Names this start of the launch, so that a restarted one does not read the records of the last."""
+
+    @classmethod
+    def from_torchrun(cls, environ: Mapping[str, str]) -> "Launch":
+        """From the environment torchrun gives its processes; a lone process without it is rank 0 of 1.
+
+        Raises:
+            ValueError: the environment has only a part of torchrun's variables.
+        """
+        if "RANK" not in environ:
+            return cls()
+        try:
+            return cls(
+                rank=int(environ["RANK"]),
+                world_size=int(environ["WORLD_SIZE"]),
+                local_rank=int(environ["LOCAL_RANK"]),
+                local_world_size=int(environ["LOCAL_WORLD_SIZE"]),
+                node=int(environ["GROUP_RANK"]),
+                store=f"{environ['MASTER_ADDR']}:{environ['MASTER_PORT']}",
+                store_is_up=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+                attempt=f"{environ.get('TORCHELASTIC_RUN_ID', '')}/{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}",
+            )
+        except KeyError as missing:
+            raise ValueError(f"RANK is set but {missing} is not: start with torchrun, or with neither") from None

@@ -1,0 +1,70 @@
+"""How the ranks of one launch find each other: every member writes its record into torchrun's store."""
+
+import os
+import socket
+import uuid
+from datetime import timedelta
+
+import msgspec
+import torch.distributed as dist
+
+from elastic_moe.errors import PeerLost
+from elastic_moe.membership.launch import Launch
+from elastic_moe.membership.view import Member, View
+
+
+def reachable_host(peer: str) -> str:
+    """This host's address on the way to `peer` (no packet is sent); loopback stays loopback."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((peer, 9))
+        except OSError:
+            return "127.0.0.1"
+        return probe.getsockname()[0]
+
+
+class Seat:
+    """This process as it enters the group: its `member` record, and the TCPStore it offers for building groups."""
+
+    def __init__(self, launch: Launch, host: str = "127.0.0.1", address: str = "") -> None:
+        """`host` is this host's address for its peers, `address` the engine's message endpoint (if it has one)."""
+        self.store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        self.member = Member(
+            rank=launch.rank,
+            node=launch.node,
+            incarnation=uuid.uuid4().hex[:12],
+            pid=os.getpid(),
+            host=host,
+            address=address,
+            store=f"{host}:{self.store.port}",
+        )
+
+
+def host_of(launch: Launch) -> str:
+    """The address under which the peers of this launch reach this host."""
+    return reachable_host(launch.store.rpartition(":")[0]) if launch.store else "127.0.0.1"
+
+
+def meet(launch: Launch, me: Member, timeout_s: float) -> View:
+    """Publish `me`, wait for all ranks of the launch, return the first view (epoch 1).
+
+    Raises:
+        PeerLost: a rank did not come within `timeout_s` seconds; the message names the missing ones.
+    """
+    if launch.world_size == 1:
+        return View(epoch=1, members=(me,))
+    host, _, port = launch.store.rpartition(":")
+    keys = [f"elastic_moe/{launch.attempt}/member/{rank}" for rank in range(launch.world_size)]
+    serve = launch.rank == 0 and not launch.store_is_up
+    timeout = timedelta(seconds=timeout_s)
+    try:
+        store = dist.TCPStore(host, int(port), is_master=serve, wait_for_workers=False, timeout=timeout)
+    except RuntimeError as error:
+        raise PeerLost(f"no store answered at {launch.store} within {timeout_s} s") from error
+    store.set(keys[me.rank], msgspec.json.encode(me).decode())
+    try:
+        store.wait(keys, timeout)
+    except RuntimeError as error:
+        missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+        raise PeerLost(f"ranks {missing} did not come to {launch.store} within {timeout_s} s") from error
+    return View(epoch=1, members=tuple(msgspec.json.decode(store.get(key), type=Member) for key in keys))

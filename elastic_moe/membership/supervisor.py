@@ -1,0 +1,128 @@
+"""The supervisor: the process torchrun starts, and the one that must not die.
+
+It is small, loads no torch, and does three things: start its children, pass words between them, and end them all
+when one ends or when it is told to.
+"""
+
+import contextlib
+import ctypes
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import msgspec
+
+from elastic_moe.membership.channel import Channel, Refused, channel_pair
+
+STOP_GRACE_S = 4.0
+"""How long children may take to end after SIGTERM before they are killed."""
+
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None)
+
+
+class Event(NamedTuple):
+    """Something a supervisor acts on: a message of a child, a child's end (`code`), or a signal (`child` empty)."""
+
+    child: str
+    message: msgspec.Struct | None = None
+    code: int | None = None
+
+
+class Child:
+    """One child process and the channel to it."""
+
+    def __init__(self, name: str, command: Sequence[str], events: "queue.SimpleQueue[Event]", pass_fds: Sequence[int] = ()) -> None:
+        """Start `command` with ` --supervisor-fd N` appended; its messages and its end go to `events`.
+
+        The child dies when this process does: it reads the end of file, and the kernel kills it should it not.
+        """
+        self.name = name
+        self.channel, theirs = channel_pair()
+        parent = os.getpid()
+
+        def die_with_parent() -> None:
+            _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != parent:
+                os._exit(1)
+
+        with theirs:
+            self._process = subprocess.Popen(  # noqa: S603 - the command is our own
+                [*command, "--supervisor-fd", str(theirs.fileno())],
+                pass_fds=(theirs.fileno(), *pass_fds),
+                start_new_session=True,
+                preexec_fn=die_with_parent,  # noqa: PLW1509 - no thread holds a lock here: started from the main thread
+            )
+        threading.Thread(target=self._watch, args=(events,), daemon=True).start()
+
+    def _watch(self, events: "queue.SimpleQueue[Event]") -> None:
+        while (message := self.channel.receive()) is not None:
+            events.put(Event(self.name, message=message))
+        events.put(Event(self.name, code=self._process.wait()))
+
+    def terminate(self) -> None:
+        """Ask it to end."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.terminate()
+
+    def end(self, deadline: float) -> None:
+        """Wait until `deadline` (time.monotonic), then kill it with its whole session."""
+        try:
+            self._process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+
+class Supervisor:
+    """Runs children until one ends or a signal comes; then stops the others in the order they were started last."""
+
+    def __init__(self) -> None:
+        self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self.children: dict[str, Child] = {}
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda got, _frame: self.events.put(Event("", code=got)))
+
+    def start(self, name: str, command: Sequence[str], pass_fds: Sequence[int] = ()) -> Child:
+        """Start a child; see `Child`."""
+        child = self.children[name] = Child(name, command, self.events, pass_fds)
+        return child
+
+    def next_event(self) -> Event:
+        """Wait for the next event."""
+        return self.events.get()
+
+    def stop(self) -> None:
+        """End all children: SIGTERM, `STOP_GRACE_S` seconds, SIGKILL."""
+        deadline = time.monotonic() + STOP_GRACE_S
+        for child in reversed(self.children.values()):
+            child.terminate()
+        for child in self.children.values():
+            child.end(deadline)
+
+
+def exit_code(event: Event, refusal: Refused | None) -> int:
+    """The supervisor's own exit code: 0 for a signal, 2 for a user's mistake, else 1 (a child's 0 stays 0)."""
+    if not event.child:
+        return 0
+    if refusal is not None:
+        return 2
+    return 0 if event.code == 0 else 1
+
+
+def complain(line: str, local_rank: int) -> None:
+    """Print one line about a user's mistake, once per node although every rank of it finds the same.
+
+    Ranks other than the first wait: torchrun stops them as soon as the first has exited.
+    """
+    if local_rank:
+        time.sleep(2.0)
+    sys.stderr.write(f"elastic_moe: {line}\n")
+    sys.stderr.flush()

@@ -1,0 +1,54 @@
+"""Who is in the group: `Member` is one process in one seat, `View` the members all have agreed on."""
+
+import msgspec
+
+
+class Member(msgspec.Struct, frozen=True):
+    """One engine process.
+
+    `rank` is its EP rank: the number of a stable seat, never re-dealt, so ranks may have holes.
+    `incarnation` names the process in that seat; a respawned rank has a new one.
+    """
+
+    rank: int
+    node: int
+    incarnation: str
+    pid: int
+    host: str
+    address: str
+    """ZMQ endpoint of the engine's message socket, for example `tcp://127.0.0.1:40123`."""
+    store: str
+    """`host:port` of the TCPStore this member offers for building groups."""
+
+
+class View(msgspec.Struct, frozen=True):
+    """The members of one epoch, sorted by rank. Every collective of the epoch has exactly these ranks."""
+
+    epoch: int
+    members: tuple[Member, ...]
+
+    def __post_init__(self) -> None:
+        ranks = self.ranks
+        if not ranks or any(b <= a for a, b in zip(ranks, ranks[1:], strict=False)):
+            raise ValueError(f"a view needs members in rising order of rank, got ranks {ranks}")
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """EP ranks of the members, rising."""
+        return tuple(m.rank for m in self.members)
+
+    def group_rank(self, rank: int) -> int:
+        """Position of EP rank `rank` in this view's groups.
+
+        Raises:
+            ValueError: the rank is not a member.
+        """
+        return self.ranks.index(rank)
+
+    def member(self, rank: int) -> Member:
+        """The member in seat `rank`.
+
+        Raises:
+            ValueError: the rank is not a member.
+        """
+        return self.members[self.group_rank(rank)]

@@ -1,0 +1,176 @@
+"""Continuous batching on one rank: transformers' scheduler and paged cache, cut where ranks must keep step.
+
+transformers' manager runs its own loop; ours needs the loop's three parts apart, so that ranks can agree between
+them and a forward can be repeated: `prepare` (schedule), `forward` (model, sample), `commit` (publish). The private
+parts used are named here and held by tests/unit/test_transformers_contract.py: `_create_batch_processor` of the
+manager, `_generation_step` of the processor, `_sample` of the model runner, and the scheduler's request tables.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
+from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager, OutputRouter
+from transformers.generation.continuous_batching.model_runner import ModelRunner
+from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
+
+from elastic_moe.config import ServingConfig
+from elastic_moe.serving.protocol import Sampling, Submit
+from elastic_moe.serving.sampling import pick
+
+Deliver = Callable[[str, int, list[int], str, str], None]
+"""Called with (request id, output position of the first token, tokens, finish, error)."""
+
+
+class _Request:
+    def __init__(self, submit: Submit) -> None:
+        self.sampling = submit.sampling
+        self.num_generated = submit.num_generated
+        self.prompt_len = len(submit.tokens) - submit.num_generated
+        self.delivered = 0
+
+
+class _SeededRunner(ModelRunner):
+    """Samples each request by its own parameters, seed and position."""
+
+    def __init__(self, like: ModelRunner, requests: dict[str, _Request]) -> None:
+        super().__init__(
+            logit_processor=like.logit_processor,
+            cb_config=like.cb_config,
+            inputs_and_outputs=like.inputs_and_outputs,
+            cache=like.cache,
+            do_sample=False,
+            return_logprobs=False,
+        )
+        self._requests = requests
+
+    def _sample(self, scores: torch.Tensor, output_ids: torch.Tensor) -> None:
+        rules: list[tuple[Sampling, int]] = []
+        for future in self.inputs_and_outputs.requests_in_batch:
+            if future.has_new_token:
+                state = future.state
+                request = self._requests[state.request_id]
+                position = len(state.initial_tokens) + len(state.generated_tokens) - request.prompt_len
+                rules.append((request.sampling, position))
+        tokens = pick(scores[0, : len(rules)], rules)
+        output_ids[0, : len(rules)].copy_(tokens)
+
+
+class _Outbox(OutputRouter):
+    """Hands outputs to the batcher, in the thread that made them."""
+
+    def __init__(self, deliver: Callable[[GenerationOutput], None]) -> None:
+        super().__init__()
+        self._deliver = deliver
+
+    def deliver(self, output: GenerationOutput) -> None:
+        self._deliver(output)
+
+    def deliver_batch(self, outputs: list[GenerationOutput]) -> None:
+        for output in outputs:
+            self._deliver(output)
+
+
+class Batcher:
+    """The requests of one rank. All calls come from one thread, the one that runs the model."""
+
+    def __init__(self, model: PreTrainedModel, config: ServingConfig, eos_token_ids: Sequence[int], deliver: Deliver) -> None:
+        """`deliver` is called in `commit` for every new token and for the end of every request."""
+        self._model = model
+        self._config = config
+        self._eos = list(eos_token_ids)
+        self._deliver = deliver
+        self._requests: dict[str, _Request] = {}
+        self.tokens_generated = 0
+        batching = ContinuousBatchingConfig(
+            page_size=config.page_size,
+            num_blocks=config.kv_cache_tokens // config.page_size,
+            max_batch_tokens=config.max_batch_tokens,
+            max_requests_per_batch=config.max_requests,
+            allow_block_sharing=config.prefix_caching,
+            use_async_batching=False,
+            use_cuda_graph=False,
+            auto_switch_to_flash=False,
+        )
+        greedy = GenerationConfig(do_sample=False, eos_token_id=self._eos or -1)
+        self._manager = ContinuousBatchingManager(model, greedy, batching)
+        self._manager.output_router = _Outbox(self._on_output)
+        self._processor = self._manager._create_batch_processor()
+        self._processor.model_runner = _SeededRunner(self._processor.model_runner, self._requests)
+
+    @property
+    def running(self) -> int:
+        """Requests in the batch."""
+        return len(self._processor.scheduler.active_requests)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a place in the batch."""
+        return len(self._processor.scheduler.waiting_requests) + self._manager.input_queue.qsize()
+
+    @property
+    def has_requests(self) -> bool:
+        """Whether anything runs, waits, or is to be cancelled."""
+        manager = self._manager
+        return self._processor.has_pending_requests() or not (manager.input_queue.empty() and manager.cancel_queue.empty())
+
+    def submit(self, submit: Submit) -> None:
+        """Queue a request.
+
+        Raises:
+            ValueError: its id is in use, or it cannot fit into the KV cache.
+        """
+        if submit.request_id in self._requests:
+            raise ValueError(f"request {submit.request_id} is here already")
+        length = len(submit.tokens) + submit.max_new_tokens
+        if not submit.tokens or submit.max_new_tokens < 1 or length > self._config.kv_cache_tokens:
+            raise ValueError(
+                f"{len(submit.tokens)} tokens + {submit.max_new_tokens} new ones: at least 1 of each, and together "
+                f"at most serving.kv_cache_tokens={self._config.kv_cache_tokens}"
+            )
+        self._requests[submit.request_id] = _Request(submit)
+        self._manager.add_request(
+            submit.tokens,
+            request_id=submit.request_id,
+            max_new_tokens=submit.max_new_tokens,
+            streaming=True,
+            eos_token_id=self._eos,
+        )
+
+    def cancel(self, request_id: str) -> None:
+        """Forget a request; the next `prepare` frees its cache. An unknown id is ignored."""
+        if self._requests.pop(request_id, None):
+            self._manager.cancel_request(request_id)
+
+    def prepare(self) -> bool:
+        """Take in new and cancelled requests and schedule the next batch. False when there is nothing to compute."""
+        return self._processor.prepare_next_batch()
+
+    def forward(self) -> None:
+        """Run the model on the prepared batch and pick tokens. May be repeated: it writes the same cache slots.
+
+        Raises:
+            PeerLost: a peer was lost in a MoE layer; nothing is published.
+        """
+        self._processor._generation_step(self._model)
+
+    def commit(self) -> None:
+        """Publish the tokens of the last forward."""
+        self._processor.update_batch()
+
+    def _on_output(self, output: GenerationOutput) -> None:
+        request = self._requests.get(output.request_id)
+        if request is None:
+            return
+        tokens = output.generated_tokens[request.delivered :]
+        start = request.num_generated + request.delivered
+        request.delivered += len(tokens)
+        self.tokens_generated += len(tokens)
+        finish, error = "", ""
+        if output.status == RequestStatus.FAILED:
+            finish, error = "error", output.error or "generation failed"
+        elif output.is_finished():
+            finish = "stop" if output.generated_tokens and output.generated_tokens[-1] in self._eos else "length"
+        if finish:
+            del self._requests[output.request_id]
+        self._deliver(output.request_id, start, tokens, finish, error)

@@ -1,0 +1,116 @@
+"""The engine's message socket: a thread that receives for the step loop and sends for it."""
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+
+import msgspec
+import zmq
+
+from elastic_moe.serving.protocol import Cancel, Hello, Status, Submit, Tokens, Wake, decode_to_engine, encode
+
+STATUS_EVERY_S = 1.0
+FRONT_END_GONE_S = 10.0
+"""A front end says Hello about once a second; after this long without one its requests are cancelled."""
+
+
+class Mailbox:
+    """One ROUTER socket, served by one thread. The step loop reads `inbox`, waits on it, and calls `send`."""
+
+    def __init__(self, host: str, status: Callable[[], Status | None]) -> None:
+        """Bind a free port on `host`. `status` is called in this thread; None while there is nothing to tell."""
+        self._context = zmq.Context()
+        self._router = self._context.socket(zmq.ROUTER)
+        self._router.setsockopt(zmq.LINGER, 200)
+        self._router.setsockopt(zmq.SNDHWM, 0)
+        self.address = f"tcp://{host}:{self._router.bind_to_random_port(f'tcp://{host}')}"
+        self._outbox = self._context.socket(zmq.PULL)
+        self._outbox.bind("inproc://outbox")
+        self._sender = self._context.socket(zmq.PUSH)
+        self._sender.connect("inproc://outbox")
+        self._status = status
+        self._peers: dict[str, zmq.Socket] = {}
+        self._front_ends: dict[bytes, float] = {}
+        self._owners: dict[str, bytes] = {}
+        self.inbox: queue.SimpleQueue[Submit | Cancel | Wake] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._serve, name="mailbox", daemon=True)
+
+    def start(self) -> None:
+        """Start answering."""
+        self._thread.start()
+
+    def send(self, message: Tokens) -> None:
+        """To the front end that owns the request. From the step loop's thread only."""
+        self._sender.send(encode(message))
+
+    def announce(self) -> None:
+        """Send a `Status` to every front end now. From the step loop's thread only."""
+        self._sender.send(b"")
+
+    def ring(self, addresses: list[str], wake: Wake) -> None:
+        """Wake the engines at these addresses. From the step loop's thread only."""
+        for address in addresses:
+            if address not in self._peers:
+                peer = self._peers[address] = self._context.socket(zmq.DEALER)
+                peer.setsockopt(zmq.LINGER, 0)
+                peer.connect(address)
+            self._peers[address].send(encode(wake))
+
+    def _serve(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._router, zmq.POLLIN)
+        poller.register(self._outbox, zmq.POLLIN)
+        next_status = 0.0
+        while True:
+            ready = dict(poller.poll(STATUS_EVERY_S * 1000))
+            if self._router in ready:
+                self._receive(*self._router.recv_multipart())
+            if self._outbox in ready:
+                frame = self._outbox.recv()
+                if frame:
+                    self._deliver(frame)
+                else:
+                    next_status = 0.0
+            if time.monotonic() >= next_status:
+                next_status = time.monotonic() + STATUS_EVERY_S
+                self._expire_front_ends()
+                self._broadcast_status()
+
+    def _receive(self, sender: bytes, *frames: bytes) -> None:
+        try:
+            message = decode_to_engine(frames[-1])
+        except msgspec.MsgspecError:
+            return  # not one of ours; a stranger on the port must not harm the rank
+        if isinstance(message, Hello):
+            new = sender not in self._front_ends
+            self._front_ends[sender] = time.monotonic()
+            status = self._status() if new else None
+            if status:
+                self._router.send_multipart([sender, encode(status)])
+            return
+        if isinstance(message, Submit):
+            self._owners[message.request_id] = sender
+        elif isinstance(message, Cancel):
+            self._owners.pop(message.request_id, None)
+        self.inbox.put(message)
+
+    def _deliver(self, frame: bytes) -> None:
+        head = msgspec.msgpack.decode(frame, type=Tokens)
+        owner = self._owners.pop(head.request_id, None) if head.finish else self._owners.get(head.request_id)
+        if owner is not None:
+            self._router.send_multipart([owner, frame])
+
+    def _expire_front_ends(self) -> None:
+        limit = time.monotonic() - FRONT_END_GONE_S
+        for front_end in [f for f, seen in self._front_ends.items() if seen < limit]:
+            del self._front_ends[front_end]
+            for request_id in [r for r, owner in self._owners.items() if owner == front_end]:
+                del self._owners[request_id]
+                self.inbox.put(Cancel(request_id))
+
+    def _broadcast_status(self) -> None:
+        status = self._status() if self._front_ends else None
+        if status:
+            for front_end in self._front_ends:
+                self._router.send_multipart([front_end, encode(status)])

@@ -1,0 +1,97 @@
+"""The messages between front ends and engines: msgspec structs, MessagePack on ZMQ. Never pickle.
+
+An engine binds one ROUTER socket; every front end (and every other engine, to ring its bell) connects a DEALER.
+One message is one frame. Positions make delivery idempotent: `Tokens.start` says where its tokens belong, so a
+token that arrives twice is recognised and dropped.
+"""
+
+import msgspec
+
+from elastic_moe.membership.view import View
+
+
+class Sampling(msgspec.Struct, frozen=True):
+    """How to pick the next token. `temperature` 0 is greedy and ignores the rest.
+
+    The token at output position `i` depends only on the logits, `seed` and `i`: a request that moves to another
+    rank goes on with the tokens it would have had.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+class Submit(msgspec.Struct, tag="submit", frozen=True):
+    """Front end -> engine: generate. `tokens` is the prompt plus the `num_generated` tokens it already has."""
+
+    request_id: str
+    tokens: list[int]
+    num_generated: int
+    max_new_tokens: int
+    """Tokens still to generate, counted from here; at least 1."""
+    sampling: Sampling = Sampling()
+
+
+class Cancel(msgspec.Struct, tag="cancel", frozen=True):
+    """Front end -> engine: forget the request and free its cache. Unknown ids are ignored."""
+
+    request_id: str
+
+
+class Hello(msgspec.Struct, tag="hello", frozen=True):
+    """Front end -> engine, about once a second: keep sending me `Status`. Answered with one at once."""
+
+    frontend: str
+
+
+class Wake(msgspec.Struct, tag="wake", frozen=True):
+    """Engine -> engine: I have entered handshake number `step` of `epoch`; if you sleep before it, come."""
+
+    epoch: int
+    step: int
+
+
+class Tokens(msgspec.Struct, tag="tokens", frozen=True):
+    """Engine -> front end: new tokens of a request; `start` is the output position of the first of them.
+
+    `finish` is empty while the request goes on, else `stop` (end-of-sequence token, which is the last of
+    `tokens`), `length`, or `error` with the reason in `error`.
+    """
+
+    request_id: str
+    incarnation: str
+    start: int
+    tokens: list[int]
+    finish: str = ""
+    error: str = ""
+
+
+class Status(msgspec.Struct, tag="status", frozen=True):
+    """Engine -> front end: the state of one rank, at least once a second and at every change of phase."""
+
+    rank: int
+    incarnation: str
+    phase: str
+    """`loading`, `serving` or `stopping`."""
+    view: View
+    placement_version: int = 0
+    placement_hash: str = ""
+    slots: list[list[int]] = []
+    """Logical expert in each slot of this rank, per MoE layer ([L][S], -1 = empty)."""
+    num_experts: int = 0
+    running: int = 0
+    waiting: int = 0
+    steps: int = 0
+    tokens_generated: int = 0
+    memory_bytes: int = 0
+    """Resident memory of the process (CPU) or allocated device memory (GPU)."""
+    load_seconds: float = 0.0
+
+
+ToEngine = Submit | Cancel | Hello | Wake
+ToFrontEnd = Tokens | Status
+
+encode = msgspec.msgpack.Encoder().encode
+decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
+decode_to_front_end = msgspec.msgpack.Decoder(ToFrontEnd).decode

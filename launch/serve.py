@@ -1,0 +1,94 @@
+"""Serve a Mixture-of-Experts model with its experts spread over torchrun's ranks.
+
+    torchrun --nproc-per-node 4 launch/serve.py model=demo
+    torchrun --nnodes 2 --nproc-per-node 8 ... launch/serve.py model=qwen3_moe model.path=/models/Qwen3-235B-A22B
+
+Each process that torchrun starts is a supervisor: it loads no torch and starts the engine of its rank and, on the
+first rank of a node, the HTTP front end.
+"""
+
+import os
+import socket
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from elastic_moe.config import ServeConfig, ServerConfig
+from elastic_moe.membership.channel import EngineStart, FrontEndStart, Ready, Refused, ViewChanged
+from elastic_moe.membership.launch import Launch
+from elastic_moe.membership.supervisor import Supervisor, complain, exit_code
+from launch.config import help_text, load
+
+USAGE = "usage: torchrun [--nnodes N] --nproc-per-node RANKS launch/serve.py [GROUP=OPTION ...] [KEY=VALUE ...]"
+
+
+def bind(config: ServerConfig) -> socket.socket:
+    """The listening socket of this node's front end, held by the supervisor so that it outlives its front end.
+
+    Raises:
+        ValueError: the port is taken or may not be bound; the message names the override.
+    """
+    family = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0][0]
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((config.host, config.port))
+        listener.listen(1024)
+    except OSError as error:
+        listener.close()
+        raise ValueError(
+            f"server.port={config.port} cannot be bound on {config.host} ({error.strerror}); "
+            "choose another with server.port=PORT (0: any free one)"
+        ) from None
+    return listener
+
+
+def serve(config: ServeConfig, launch: Launch) -> int:
+    """Run this rank's children until one ends or a signal comes. Returns the exit code."""
+    supervisor = Supervisor()
+    front_end = None
+    if launch.local_rank == 0:
+        with bind(config.server) as listener:
+            command = [sys.executable, "-m", "elastic_moe.serving.frontend", "--listen-fd", str(listener.fileno())]
+            front_end = supervisor.start("front end", command, pass_fds=[listener.fileno()])
+        front_end.channel.send(FrontEndStart(config, launch.node))
+    engine = supervisor.start("engine", [sys.executable, "-m", "elastic_moe.serving.engine"])
+    engine.channel.send(EngineStart(config, launch))
+    refusal = None
+    while True:
+        event = supervisor.next_event()
+        match event.message:
+            case ViewChanged() as changed if front_end:
+                front_end.channel.send(changed)
+            case Ready(detail=url) if event.child == "front end":
+                print(f"elastic_moe: node {launch.node} serves {config.model.name} at {url}", flush=True)
+            case Refused() as refusal:
+                pass
+        if event.code is not None:
+            break
+    supervisor.stop()
+    if refusal is not None:
+        complain(refusal.reason, launch.local_rank)
+    elif event.child:
+        complain(f"rank {launch.rank}: the {event.child} ended with code {event.code}", 0)
+    return exit_code(event, refusal)
+
+
+def main() -> int:
+    """Parse, validate, serve."""
+    overrides = sys.argv[1:]
+    launch = Launch.from_torchrun(os.environ)
+    if "--help" in overrides or "-h" in overrides:
+        if launch.rank == 0:
+            print(help_text(ServeConfig, USAGE))
+        return 0
+    try:
+        return serve(load(ServeConfig, "config", overrides), launch)
+    except ValueError as error:
+        complain(str(error), launch.local_rank)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
