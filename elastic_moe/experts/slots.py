@@ -75,15 +75,16 @@ def grouped_mm(rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) 
     Returns:
         [M, out]; rows past the last offset are undefined.
     """
-    if rows.shape[0] and _has_kernel(rows, weight):
+    if not rows.shape[0]:
+        return rows @ weight[0]  # no rows, but part of the graph: all ranks must take part in the backward too
+    if _has_kernel(rows, weight):
         return F.grouped_mm(rows, weight, offs=offsets)
     parts, begin = [], 0
     for expert, end in zip(weight, offsets.tolist(), strict=True):
         if end > begin:
             parts.append(rows[begin:end] @ expert)
         begin = end
-    if rows.shape[0] > begin or not parts:
-        parts.append(rows.new_zeros((rows.shape[0] - begin, weight.shape[-1])))
+    parts.append(rows.new_zeros((rows.shape[0] - begin, weight.shape[-1])))
     return torch.cat(parts)
 
 

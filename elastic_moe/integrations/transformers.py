@@ -104,6 +104,7 @@ def _swap(model: PreTrainedModel, runtime: ElasticRuntime, experts: dict[str, nn
     layers: dict[str, ElasticMoELayer] = {}
     num_slots = runtime.registry.placement.slots_per_rank
     for number, (name, module) in enumerate(experts.items()):
+        module._is_hf_initialized = True  # it has no tensors left for transformers to initialise
         slots = SlotExperts(module, ExpertLayout.of_module(module), num_slots, runtime.device)
         layers[name] = ElasticMoELayer(number, slots, runtime)
         model.set_submodule(name, layers[name])

@@ -81,11 +81,12 @@ def test_where_an_expert_lives_does_not_change_the_result():
         assert torch.equal(alone, spread)
 
 
-def backward_rank(launch, kind):
+def backward_rank(launch, kind, one_expert):
     runtime = ElasticRuntime.join(launch, device=torch.device("cpu"), exchange_timeout_s=20)
     placement = runtime.place(1, EXPERTS)
     layer = wrap(build_experts(kind, torch.float64), runtime)
-    hidden, index, weights = tokens_of(launch.rank, 3 + launch.rank, torch.float64)
+    hidden, index, weights = tokens_of(launch.rank, 3 * launch.rank, torch.float64)
+    index = torch.zeros_like(index) if one_expert else index
     hidden.requires_grad_()
     weights.requires_grad_()
     (layer(hidden, index, weights) ** 2).sum().backward()
@@ -94,17 +95,19 @@ def backward_rank(launch, kind):
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_gradients_equal_a_one_process_run(kind, world_size):
-    results = run_ranks(backward_rank, world_size, kind)
+@pytest.mark.parametrize(("world_size", "one_expert"), [(2, False), (3, False), (3, True)])
+def test_gradients_equal_a_one_process_run(kind, world_size, one_expert):
+    """Rank 0 has no tokens; with `one_expert` only rank 0 computes: all take part in the backward all the same."""
+    results = run_ranks(backward_rank, world_size, kind, one_expert)
     reference = build_experts(kind, torch.float64)
-    inputs = [tokens_of(rank, 3 + rank, torch.float64) for rank in range(world_size)]
-    leaves = [(h.requires_grad_(), i, w.requires_grad_()) for h, i, w in inputs]
+    inputs = [tokens_of(rank, 3 * rank, torch.float64) for rank in range(world_size)]
+    leaves = [(h.requires_grad_(), i * (not one_expert), w.requires_grad_()) for h, i, w in inputs]
     sum((reference(*leaf) ** 2).sum() for leaf in leaves).backward()
     seen = set()
     for rank, (experts, grads, hidden_grad, weights_grad) in enumerate(results):
-        torch.testing.assert_close(hidden_grad, leaves[rank][0].grad, rtol=1e-10, atol=1e-10)
-        torch.testing.assert_close(weights_grad, leaves[rank][2].grad, rtol=1e-10, atol=1e-10)
+        for got, leaf in ((hidden_grad, leaves[rank][0]), (weights_grad, leaves[rank][2])):
+            wanted = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+            torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
         for slot, expert in enumerate(experts):
             for name, grad in grads.items():
                 wanted = getattr(reference, name).grad[expert] if expert >= 0 else torch.zeros_like(grad[slot])

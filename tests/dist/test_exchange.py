@@ -1,0 +1,137 @@
+"""CollectiveExchange on 2 to 4 gloo ranks: routes by formula, zero tokens, seats with holes, silent and dead peers."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+from harness import run_ranks
+
+from elastic_moe.errors import PeerLost
+from elastic_moe.exchange.collective import CollectiveExchange
+from elastic_moe.membership.groups import EpochGroups
+from elastic_moe.membership.rendezvous import Seat, meet
+from elastic_moe.membership.view import View
+
+HIDDEN = 5
+
+
+def build(launch, timeout_s=20.0):
+    seat = Seat(launch)
+    view = meet(launch, seat.member, 30)
+    return seat, view, EpochGroups.build(view, launch.rank, torch.device("cpu"), timeout_s)
+
+
+def routes(rank, num_tokens, num_slots, top_k, ranks):
+    generator = torch.Generator().manual_seed(rank)
+    hidden = torch.randn((num_tokens, HIDDEN), generator=generator)
+    valid = torch.tensor([r * num_slots + s for r in ranks for s in range(num_slots)])
+    return hidden, valid[torch.randint(len(valid), (num_tokens, top_k), generator=generator)]
+
+
+def round_trip(launch, num_tokens, slots_per_rank, top_k):
+    seat, view, groups = build(launch)
+    exchange = CollectiveExchange(groups.data, view.ranks, slots_per_rank)
+    for turn in range(3):
+        hidden, slots = routes(launch.rank + 10 * turn, num_tokens[launch.rank], slots_per_rank, top_k, view.ranks)
+        sent = exchange.dispatch(hidden, slots)
+        assert sent.offsets.dtype == torch.int32
+        assert int(sent.offsets[-1]) == sent.rows.shape[0]
+        slot = torch.searchsorted(sent.offsets, torch.arange(len(sent.rows)), right=True) + launch.rank * slots_per_rank
+        answer = torch.cat([sent.rows, slot[:, None].float()], dim=1)
+        back = exchange.combine(answer, sent.ticket)
+        assert back.shape == (num_tokens[launch.rank], top_k, HIDDEN + 1)
+        assert torch.equal(back[..., :HIDDEN], hidden[:, None].expand(-1, top_k, -1))
+        assert torch.equal(back[..., HIDDEN].long(), slots)
+    groups.control.barrier()
+    return True
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "slots_per_rank", "top_k"),
+    [([4, 4], 3, 2), ([0, 7], 2, 1), ([5, 0, 3], 1, 3), ([0, 0, 0, 0], 2, 2), ([100, 1, 0, 17], 4, 8)],
+)
+def test_every_token_reaches_its_slot_and_comes_back(num_tokens, slots_per_rank, top_k):
+    assert all(run_ranks(round_trip, len(num_tokens), num_tokens, slots_per_rank, top_k))
+
+
+def with_a_hole(launch):
+    """Seats 0, 2 and 5 of six: group ranks 0, 1, 2."""
+    seat = Seat(launch)
+    view = meet(launch, seat.member, 30)
+    members = tuple(
+        type(m)(rank, m.node, m.incarnation, m.pid, m.host, m.address, m.store)
+        for m, rank in zip(view.members, (0, 2, 5), strict=True)
+    )
+    view, rank = View(2, members), (0, 2, 5)[launch.rank]
+    groups = EpochGroups.build(view, rank, torch.device("cpu"), 20)
+    exchange = CollectiveExchange(groups.data, view.ranks, 2)
+    hidden, slots = routes(rank, 6, 2, 2, view.ranks)
+    sent = exchange.dispatch(hidden, slots)
+    back = exchange.combine(sent.rows + rank, sent.ticket)
+    owners = (slots // 2)[..., None].float()
+    torch.testing.assert_close(back, hidden[:, None] + owners, rtol=0, atol=0)
+    groups.control.barrier()
+    return True
+
+
+def test_seats_may_have_holes():
+    assert all(run_ranks(with_a_hole, 3))
+
+
+def lose_peer(launch, victim, how, timeout_s):
+    seat, view, groups = build(launch, timeout_s)
+    exchange = CollectiveExchange(groups.data, view.ranks, 2)
+    hidden, slots = routes(launch.rank, 4, 2, 2, view.ranks)
+    exchange.dispatch(hidden, slots)
+    groups.control.barrier()
+    if launch.rank == victim:
+        os.kill(os.getpid(), how)
+    begin = time.monotonic()
+    with pytest.raises(PeerLost, match=r"all_to_all on group data of epoch 1 broke off on group rank \d of 3"):
+        exchange.dispatch(hidden, slots)
+    return time.monotonic() - begin
+
+
+def test_a_killed_peer_is_noticed_at_once():
+    seconds = run_ranks(lose_peer, 3, 1, signal.SIGKILL, 20.0, ends={1: -signal.SIGKILL})
+    assert max(seconds[0], seconds[2]) < 5
+
+
+def test_a_silent_peer_is_noticed_at_the_deadline():
+    seconds = run_ranks(lose_peer, 3, 2, signal.SIGSTOP, 2.0, ends={2: -signal.SIGKILL}, deadline_s=15)
+    assert 1.5 < max(seconds[0], seconds[1]) < 8
+
+
+def abort_while_waiting(launch):
+    """Rank 0 leaves the group while alive; rank 1 waits in it and must not wait for the deadline."""
+    import threading
+
+    seat, view, groups = build(launch, 60.0)
+    groups.control.barrier()
+    if launch.rank == 0:
+        groups.abort()
+        return 0.0
+    begin = time.monotonic()
+    threading.Timer(0.5, groups.abort).start()
+    with pytest.raises(PeerLost):
+        groups.data.all_to_all(torch.empty(2, 1), torch.ones(2, 1))
+    return time.monotonic() - begin
+
+
+def test_abort_frees_a_waiting_rank():
+    assert run_ranks(abort_while_waiting, 2)[1] < 5
+
+
+def come_alone(launch):
+    if launch.rank == 1:
+        return None
+    seat = Seat(launch)
+    with pytest.raises(PeerLost, match=r"ranks \[1\] did not come"):
+        meet(launch, seat.member, 1.0)
+    return True
+
+
+def test_a_rank_that_does_not_come_is_named():
+    assert run_ranks(come_alone, 2)[0]

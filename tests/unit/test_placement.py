@@ -1,0 +1,134 @@
+"""Placement, initial placement, dispatch tables and the registry: small cases by hand."""
+
+import numpy as np
+import pytest
+import torch
+
+from elastic_moe.errors import NotEnoughSlots
+from elastic_moe.placement.dispatch import dispatch_tables
+from elastic_moe.placement.placement import Placement, initial_placement
+from elastic_moe.placement.registry import PlacementRegistry
+from elastic_moe.placement.topology import Topology
+
+
+def place(rows, num_experts, slots_per_rank, version=0):
+    return Placement(np.array(rows), num_experts, slots_per_rank, version=version)
+
+
+def test_experts_are_dealt_in_order():
+    placement = initial_placement(2, 8, Topology.uniform(4), 2)
+    assert placement.slots.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7]] * 2
+    assert placement.of_rank(2).tolist() == [[4, 5], [4, 5]]
+    assert not placement.has_replicas
+
+
+def test_a_remainder_leaves_a_slot_empty_unless_replicas_are_wanted():
+    bare = initial_placement(1, 7, Topology.uniform(4), 2, replicate=False)
+    assert sorted(bare.slots[0].tolist()) == [-1, 0, 1, 2, 3, 4, 5, 6]
+    full = initial_placement(1, 7, Topology.uniform(4), 2)
+    assert full.copies.sum() == 8
+    assert full.has_replicas
+
+
+def test_replicas_avoid_the_rank_then_the_node():
+    placement = initial_placement(1, 4, Topology.uniform(4, ranks_per_node=2), 2)
+    for expert in range(4):
+        ranks = placement.slots_of(0, expert) // 2
+        assert len(set(ranks.tolist())) == 2
+        assert {r // 2 for r in ranks.tolist()} == {0, 1}
+
+
+def test_too_few_slots_says_how_many_are_needed():
+    with pytest.raises(NotEnoughSlots, match=r"3 ranks x 2 slots hold 6 of 8 experts: 3 slots per rank or more"):
+        initial_placement(1, 8, Topology.uniform(3), 2)
+
+
+def test_more_slots_than_a_rank_can_use_stay_empty():
+    placement = initial_placement(1, 2, Topology.uniform(2), 3)
+    assert placement.slots.tolist() == [[0, 1, -1, 1, 0, -1]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([[0, 1, 2]], "not \\[L, R \\* 2\\]"),
+        ([[0, 1, 2, 4]], "outside -1..3"),
+        ([[0, 1, 2, -2]], "outside -1..3"),
+        ([[0, 1, 2, -1]], "layer 0 expert 3"),
+    ],
+)
+def test_a_placement_that_cannot_be_is_refused(rows, message):
+    with pytest.raises((ValueError, NotEnoughSlots), match=message):
+        place(rows, 4, 2)
+
+
+def test_a_placement_is_frozen_and_its_hash_names_it():
+    first, same, other = place([[0, 1]], 2, 1), place([[0, 1]], 2, 1, version=5), place([[1, 0]], 2, 1)
+    assert first.hash == same.hash != other.hash
+    with pytest.raises(ValueError, match="read-only"):
+        first.slots[0, 0] = 1
+
+
+def test_integrity_check_finds_a_flipped_entry():
+    placement = place([[0, 1]], 2, 1)
+    placement.slots.setflags(write=True)
+    placement.slots[0] = [1, 0]
+    with pytest.raises(ValueError, match="hash"):
+        placement.check_integrity()
+
+
+def test_uncovered_counts_live_ranks_only():
+    placement = place([[0, 1, 1, 2]], 3, 2)
+    assert placement.uncovered([0, 1]) == []
+    assert placement.uncovered([0]) == [(0, 2)]
+    assert placement.uncovered([1]) == [(0, 0)]
+
+
+def test_dispatch_prefers_own_rank_then_node_then_spreads():
+    #            rank 0  rank 1  rank 2  rank 3 ; nodes 0 0 1 1
+    placement = place([[0, 1, 0, 2, 0, 3, 1, 2]], 4, 2)
+    topology = Topology.uniform(4, ranks_per_node=2)
+    choices, counts = dispatch_tables(placement, 1, topology)
+    assert counts[0].tolist() == [1, 1, 1, 1]
+    assert choices[0, :, 0].tolist() == [2, 1, 3, 5]  # own rank, own node (rank 0), own rank, other node
+    choices, counts = dispatch_tables(placement, 3, topology)
+    assert counts[0].tolist() == [1, 1, 1, 1]
+    assert choices[0, :, 0].tolist() == [4, 6, 7, 5]
+
+
+def test_ranks_start_at_different_replicas_when_none_is_near():
+    placement = place([[0, 0, 1, 1]], 2, 1)
+    topology = Topology.uniform(4, ranks_per_node=1)
+    starts = [dispatch_tables(placement, rank, topology)[0][0, 0, 0] for rank in (2, 3)]
+    assert sorted(starts) == [0, 1]
+
+
+def test_registry_spreads_tokens_and_commits_in_place():
+    topology = Topology.uniform(4, ranks_per_node=1)
+    registry = PlacementRegistry(place([[0, 0, 1, 2]], 3, 1), 2, topology, torch.device("cpu"))
+    address = registry._choices.data_ptr()
+    picked = registry.choose_slots(0, torch.zeros((6, 1), dtype=torch.int64))
+    assert picked[:, 0].tolist() == [0, 1] * 3
+    registry.commit(place([[1, 0, 2, 0]], 3, 1, version=1))
+    assert registry._choices.data_ptr() == address
+    picked = registry.choose_slots(0, torch.tensor([[0, 1], [2, 1]]))
+    assert picked.tolist()[0][1] == 0
+    assert picked.tolist()[1] == [2, 0]
+    registry.check_integrity()
+
+
+def test_registry_refuses_old_versions_and_other_shapes():
+    registry = PlacementRegistry(place([[0, 1]], 2, 1, version=3), 0, Topology.uniform(2), torch.device("cpu"))
+    with pytest.raises(ValueError, match="not newer"):
+        registry.commit(place([[1, 0]], 2, 1, version=3))
+    with pytest.raises(ValueError, match="layers and experts"):
+        registry.commit(place([[1, 0], [0, 1]], 2, 1, version=4))
+    registry._choices += 1
+    with pytest.raises(ValueError, match="dispatch tables differ"):
+        registry.check_integrity()
+
+
+def test_topology_of_members_with_a_hole():
+    topology = Topology.of_members([(0, 0), (1, 0), (3, 1)])
+    assert topology.num_ranks == 4
+    assert topology.nodes[2] not in (0, 1)

@@ -1,0 +1,42 @@
+"""Sampling is a function of logits, seed and position; nothing else."""
+
+import pytest
+import torch
+
+from elastic_moe.serving.protocol import Sampling
+from elastic_moe.serving.sampling import pick, uniform
+
+
+def test_uniform_is_uniform_and_reproducible():
+    values = [uniform(7, i) for i in range(4000)]
+    assert values == [uniform(7, i) for i in range(4000)]
+    assert all(0 <= v < 1 for v in values)
+    assert abs(sum(values) / len(values) - 0.5) < 0.02
+    assert len({uniform(seed, 3) for seed in range(100)}) == 100
+
+
+def test_greedy_rows_are_the_arg_max():
+    logits = torch.randn(5, 11)
+    assert torch.equal(pick(logits, [(Sampling(), 0)] * 5), logits.argmax(-1))
+
+
+def test_a_row_does_not_depend_on_its_batch():
+    logits = torch.randn(6, 50)
+    rules = [(Sampling(temperature=0.5 * (i % 3), top_p=0.9, seed=i), i) for i in range(6)]
+    together = pick(logits, rules)
+    alone = torch.cat([pick(logits[i : i + 1], [rules[i]]) for i in range(6)])
+    assert torch.equal(together, alone)
+
+
+def test_frequencies_follow_the_softmax():
+    logits = torch.tensor([[1.0, 2.0, 0.0, -1.0]])
+    draws = torch.cat([pick(logits, [(Sampling(temperature=0.7, seed=1), i)]) for i in range(3000)])
+    wanted = torch.softmax(logits[0].double() / 0.7, -1)
+    assert torch.allclose(torch.bincount(draws, minlength=4) / 3000, wanted.float(), atol=0.03)
+
+
+@pytest.mark.parametrize("top_p", [0.01, 0.6, 0.95])
+def test_top_p_keeps_the_smallest_set(top_p):
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
+    seen = {int(pick(logits, [(Sampling(temperature=1.0, top_p=top_p, seed=2), i)])) for i in range(500)}
+    assert seen == {0.01: {0}, 0.6: {0, 1}, 0.95: {0, 1, 2}}[top_p]
