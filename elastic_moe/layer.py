@@ -28,7 +28,7 @@ class ElasticMoELayer(nn.Module):
 
         Args:
             hidden_states: [T, D].
-            top_k_index: int64 [T, K], logical experts picked by the router.
+            top_k_index: int64 [T, K], logical experts picked by the router; E means "none" and adds nothing.
             top_k_weights: [T, K], their weights.
 
         Returns:
@@ -42,11 +42,13 @@ class ElasticMoELayer(nn.Module):
             if any(p.requires_grad for p in self.experts.parameters()):
                 raise ValueError("training needs a placement without replicas: replica gradients are not summed yet")
         exchange = self._runtime.exchange
-        slots = self._runtime.registry.choose_slots(self.layer, top_k_index)
+        last = self.num_experts - 1
+        slots = self._runtime.registry.choose_slots(self.layer, top_k_index.clamp(max=last))
         sent = exchange.dispatch(hidden_states, slots)
         results = exchange.combine(self.experts(sent.rows, sent.offsets), sent.ticket)
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-        weighted = results.to(dtype) * top_k_weights.to(dtype).unsqueeze(-1)
+        weights = top_k_weights.to(dtype).masked_fill(top_k_index > last, 0.0)
+        weighted = results.to(dtype) * weights.unsqueeze(-1)
         return weighted.sum(dim=1).to(hidden_states.dtype)
 
     def join_idle(self) -> None:

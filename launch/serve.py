@@ -8,40 +8,20 @@ first rank of a node, the HTTP front end.
 """
 
 import os
-import socket
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+REPO = str(Path(__file__).resolve().parent.parent)
+sys.path.insert(0, REPO)
 
-from elastic_moe.config import ServeConfig, ServerConfig
+from elastic_moe.config import ServeConfig
 from elastic_moe.membership.channel import EngineStart, FrontEndStart, Ready, Refused, ViewChanged
 from elastic_moe.membership.launch import Launch
 from elastic_moe.membership.supervisor import Supervisor, complain, exit_code
+from elastic_moe.serving.listener import listen
 from launch.config import help_text, load
 
 USAGE = "usage: torchrun [--nnodes N] --nproc-per-node RANKS launch/serve.py [GROUP=OPTION ...] [KEY=VALUE ...]"
-
-
-def bind(config: ServerConfig) -> socket.socket:
-    """The listening socket of this node's front end, held by the supervisor so that it outlives its front end.
-
-    Raises:
-        ValueError: the port is taken or may not be bound; the message names the override.
-    """
-    family = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0][0]
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((config.host, config.port))
-        listener.listen(1024)
-    except OSError as error:
-        listener.close()
-        raise ValueError(
-            f"server.port={config.port} cannot be bound on {config.host} ({error.strerror}); "
-            "choose another with server.port=PORT (0: any free one)"
-        ) from None
-    return listener
 
 
 def serve(config: ServeConfig, launch: Launch) -> int:
@@ -49,7 +29,7 @@ def serve(config: ServeConfig, launch: Launch) -> int:
     supervisor = Supervisor()
     front_end = None
     if launch.local_rank == 0:
-        with bind(config.server) as listener:
+        with listen(config.server) as listener:
             command = [sys.executable, "-m", "elastic_moe.serving.frontend", "--listen-fd", str(listener.fileno())]
             front_end = supervisor.start("front end", command, pass_fds=[listener.fileno()])
         front_end.channel.send(FrontEndStart(config, launch.node))
@@ -78,6 +58,7 @@ def serve(config: ServeConfig, launch: Launch) -> int:
 def main() -> int:
     """Parse, validate, serve."""
     overrides = sys.argv[1:]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [REPO, os.environ.get("PYTHONPATH")]))  # for the children
     launch = Launch.from_torchrun(os.environ)
     if "--help" in overrides or "-h" in overrides:
         if launch.rank == 0:

@@ -14,7 +14,7 @@ from elastic_moe.placement.placement import EMPTY
 from elastic_moe.runtime import ElasticRuntime
 from elastic_moe.weights.checkpoint import CheckpointReader
 from elastic_moe.weights.layout import ExpertLayout
-from elastic_moe.weights.materialize import materialize
+from elastic_moe.weights.materialize import materialize, set_tensor
 
 Progress = Callable[[int, int], None]
 """Called with (bytes read so far, bytes to read in all) while a checkpoint is loaded."""
@@ -86,11 +86,8 @@ def elasticize(
     first = next(iter(layouts.values()))
     runtime.place(len(experts), first.num_experts, slots_per_rank=slots_per_rank, redundant_slots=redundant_slots)
     if checkpoint is not None:
-        reader = CheckpointReader(checkpoint, model, layouts)
-        try:
+        with CheckpointReader(checkpoint, model, layouts) as reader:
             return _load(model, runtime, experts, reader, progress)
-        finally:
-            reader.close()
     sources = {name: [getattr(module, key).detach() for key in layouts[name].names] for name, module in experts.items()}
     for name, slots in _swap(model, runtime, experts).items():
         for slot, expert in _own_slots(runtime, slots):
@@ -124,39 +121,21 @@ def _load(
     reader: CheckpointReader,
     progress: Progress | None,
 ) -> PreTrainedModel:
-    owners = {name: (module, key) for name, module, key in _named_tensors(model)}
-    layers = _swap(model, runtime, experts)
-    wanted = {name: _own_slots(runtime, layer) for name, layer in layers.items()}
-    total = reader.bytes_total_dense + sum(reader.bytes_per_expert(name) * len(own) for name, own in wanted.items())
-    with torch.no_grad():
-        for name, tensor in reader.read_dense():
-            module, key = owners[name]
-            _assign(module, key, tensor.to(runtime.device))
+    held = runtime.registry.placement.of_rank(runtime.rank)
+    counts = (held != EMPTY).sum(axis=1).tolist()
+    total = reader.bytes_total_dense
+    total += sum(reader.bytes_per_expert(name) * count for name, count in zip(experts, counts, strict=True))
+    for name, tensor in reader.read_dense(runtime.device):
+        set_tensor(model, name, tensor)
+        if progress:
+            progress(reader.bytes_read, total)
+    for name, layer in _swap(model, runtime, experts).items():
+        for slot, expert in _own_slots(runtime, layer):
+            reader.read_expert(name, expert, layer.experts.slot_tensors(slot))
             if progress:
                 progress(reader.bytes_read, total)
-        for name, own in wanted.items():
-            for slot, expert in own:
-                reader.read_expert(name, expert, layers[name].experts.slot_tensors(slot))
-                if progress:
-                    progress(reader.bytes_read, total)
-        materialize(model, runtime.device)
+    materialize(model, runtime.device, reader.missing)
     return model.eval()
-
-
-def _named_tensors(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
-    """(qualified name, owning module, attribute) of every parameter and buffer."""
-    return [
-        (f"{prefix}.{key}" if prefix else key, module, key)
-        for prefix, module in model.named_modules()
-        for key in (*module._parameters, *module._buffers)
-    ]
-
-
-def _assign(module: nn.Module, key: str, tensor: torch.Tensor) -> None:
-    if key in module._parameters:
-        old = module._parameters[key]
-        tensor = nn.Parameter(tensor, requires_grad=old is not None and old.requires_grad)
-    setattr(module, key, tensor)
 
 
 class LoadTimer:

@@ -24,6 +24,7 @@ Deliver = Callable[[str, int, list[int], str, str], None]
 
 class _Request:
     def __init__(self, submit: Submit) -> None:
+        self.request_id = submit.request_id
         self.sampling = submit.sampling
         self.num_generated = submit.num_generated
         self.prompt_len = len(submit.tokens) - submit.num_generated
@@ -81,6 +82,10 @@ class Batcher:
         self._eos = list(eos_token_ids)
         self._deliver = deliver
         self._requests: dict[str, _Request] = {}
+        """By the name transformers knows them under, a new one for each submission."""
+        self._names: dict[str, str] = {}
+        """Request id -> that name."""
+        self._submissions = 0
         self.tokens_generated = 0
         batching = ContinuousBatchingConfig(
             page_size=config.page_size,
@@ -91,6 +96,8 @@ class Batcher:
             use_async_batching=False,
             use_cuda_graph=False,
             auto_switch_to_flash=False,
+            disable_nccl_graph_mixing=False,
+            seed=0,
         )
         greedy = GenerationConfig(do_sample=False, eos_token_id=self._eos or -1)
         self._manager = ContinuousBatchingManager(model, greedy, batching)
@@ -115,23 +122,24 @@ class Batcher:
         return self._processor.has_pending_requests() or not (manager.input_queue.empty() and manager.cancel_queue.empty())
 
     def submit(self, submit: Submit) -> None:
-        """Queue a request.
+        """Queue a request; one that is here already under its id is replaced.
 
         Raises:
-            ValueError: its id is in use, or it cannot fit into the KV cache.
+            ValueError: it cannot fit into the KV cache.
         """
-        if submit.request_id in self._requests:
-            raise ValueError(f"request {submit.request_id} is here already")
         length = len(submit.tokens) + submit.max_new_tokens
         if not submit.tokens or submit.max_new_tokens < 1 or length > self._config.kv_cache_tokens:
             raise ValueError(
                 f"{len(submit.tokens)} tokens + {submit.max_new_tokens} new ones: at least 1 of each, and together "
                 f"at most serving.kv_cache_tokens={self._config.kv_cache_tokens}"
             )
-        self._requests[submit.request_id] = _Request(submit)
+        self.cancel(submit.request_id)
+        self._submissions += 1
+        name = self._names[submit.request_id] = f"{submit.request_id}/{self._submissions}"
+        self._requests[name] = _Request(submit)
         self._manager.add_request(
             submit.tokens,
-            request_id=submit.request_id,
+            request_id=name,
             max_new_tokens=submit.max_new_tokens,
             streaming=True,
             eos_token_id=self._eos,
@@ -139,8 +147,10 @@ class Batcher:
 
     def cancel(self, request_id: str) -> None:
         """Forget a request; the next `prepare` frees its cache. An unknown id is ignored."""
-        if self._requests.pop(request_id, None):
-            self._manager.cancel_request(request_id)
+        name = self._names.pop(request_id, None)
+        if name is not None:
+            del self._requests[name]
+            self._manager.cancel_request(name)
 
     def prepare(self) -> bool:
         """Take in new and cancelled requests and schedule the next batch. False when there is nothing to compute."""
@@ -172,5 +182,5 @@ class Batcher:
         elif output.is_finished():
             finish = "stop" if output.generated_tokens and output.generated_tokens[-1] in self._eos else "length"
         if finish:
-            del self._requests[output.request_id]
-        self._deliver(output.request_id, start, tokens, finish, error)
+            del self._requests[output.request_id], self._names[request.request_id]
+        self._deliver(request.request_id, start, tokens, finish, error)

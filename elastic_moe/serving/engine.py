@@ -209,6 +209,8 @@ def main() -> None:
         level=start.config.log_level.upper(),
         format=f"%(asctime)s rank {start.launch.rank} %(levelname)s %(message)s",
     )
+    for name in ("ContinuousBatchingLogger", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     threading.Thread(target=_die_with_supervisor, args=(channel,), daemon=True).start()
     try:
         _serve(start, channel)

@@ -1,0 +1,156 @@
+"""Reads a Hugging Face safetensors checkpoint one expert at a time, and only the bytes of that expert."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from elastic_moe.errors import CheckpointError
+from elastic_moe.weights.conversion import Conversion, target_dtypes
+from elastic_moe.weights.layout import ExpertLayout
+from elastic_moe.weights.plan import Access, Step, make_plan
+from elastic_moe.weights.shards import Shards
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class CheckpointReader:
+    """Every tensor of a checkpoint, converted as `from_pretrained` does, the experts one by one.
+
+    A context manager; for one thread at a time. Files are mapped, not copied: the peak of memory is one expert (or
+    one dense tensor) above what the caller keeps. The exception is a conversion that mixes experts: then the whole
+    layer is read for each of them, as `bytes_per_expert` tells.
+
+    Args:
+        folder: holds `model.safetensors`, or shards and `model.safetensors.index.json`.
+        model: built by transformers, with its original experts modules, best on the meta device; it is not kept.
+        experts: layout by the qualified name of each experts module, e.g. `model.layers.3.mlp.experts`.
+
+    Attributes:
+        unexpected: names in the checkpoint that the model has no use for.
+        missing: names in the model's state dict that the checkpoint lacks and, by the model's own word, may lack
+            (tied weights are not among them).
+
+    Raises:
+        CheckpointError: quantised; a file is missing or unreadable; a tensor is missing or does not fit.
+        ValueError: a layout is not that of the model.
+    """
+
+    def __init__(self, folder: str | Path, model: "PreTrainedModel", experts: Mapping[str, ExpertLayout]) -> None:
+        _refuse_quantised(Path(folder))
+        self._layouts = dict(experts)
+        self._conversion = Conversion(model)
+        self._dtypes = target_dtypes(model)
+        self._shards = Shards(Path(folder))
+        try:
+            self._plan = make_plan(self._conversion, self._shards, self._layouts, model)
+        except BaseException:
+            self._shards.close()
+            raise
+        self.unexpected = self._plan.unexpected
+        self.missing = self._plan.missing
+
+    def __enter__(self) -> "CheckpointReader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files. Tensors already read stay valid."""
+        self._shards.close()
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read from the checkpoint so far."""
+        return self._shards.bytes_read
+
+    @property
+    def bytes_total_dense(self) -> int:
+        """Bytes that a full `read_dense` reads."""
+        return sum(self._num_bytes(step) for step in self._plan.dense)
+
+    def bytes_per_expert(self, module: str) -> int:
+        """Bytes that `read_expert` reads for one expert of `module`: the same for all of them."""
+        return sum(self._num_bytes(step) for step in self._steps(module))
+
+    def dense_names(self) -> tuple[str, ...]:
+        """The names that `read_dense` yields, in its order."""
+        return tuple(name for step in self._plan.dense for name in step.made)
+
+    def read_expert(self, module: str, expert: int, out: Sequence[torch.Tensor]) -> int:
+        """Read one logical expert into `out`, casting where needed.
+
+        Args:
+            module: a key of `experts`.
+            expert: 0 to E - 1.
+            out: one tensor for each name of the layout, of the per-expert shape, on any device, of any dtype.
+
+        Returns:
+            Bytes read from the checkpoint.
+
+        Raises:
+            CheckpointError: the file cannot be read.
+            ValueError: an argument does not fit the layout.
+        """
+        steps, layout, before = self._steps(module), self._layouts[module], self.bytes_read
+        if not 0 <= expert < layout.num_experts:
+            raise ValueError(f"expert {expert} of {module} is not in 0..{layout.num_experts - 1}")
+        shapes = tuple(tuple(tensor.shape) for tensor in out)
+        if shapes != layout.shapes:
+            raise ValueError(f"out has shapes {shapes}, but an expert of {module} has {layout.shapes}")
+        place = {f"{module}.{name}": tensor.detach() for name, tensor in zip(layout.names, out, strict=True)}
+        for step in steps:
+            whole = step.access is Access.WHOLE
+            made = self._make(step, expert, self._conversion.targets if whole else self._plan.single)
+            for name in made.keys() & place.keys():
+                place[name].copy_(made[name][expert if whole else 0])
+        return self.bytes_read - before
+
+    def read_dense(self, device: torch.device | str = "cpu") -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield what is not an expert's, parameters and persistent buffers, one at a time, in the order of the files.
+
+        Args:
+            device: where the tensors are put.
+
+        Yields:
+            Name in the model's state dict, and a tensor with memory of its own in the dtype that `from_pretrained`
+            gives it.
+
+        Raises:
+            CheckpointError: a file cannot be read.
+        """
+        for step in self._plan.dense:
+            made = self._make(step, None, self._conversion.targets)
+            for name in step.made:
+                dtype = self._dtypes[name]
+                yield name, made.pop(name).to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+
+    def _steps(self, module: str) -> list[Step]:
+        if module not in self._layouts:
+            raise ValueError(f"{module!r} is not an experts module of this reader: {', '.join(self._layouts)}")
+        return self._plan.experts[module]
+
+    def _make(self, step: Step, expert: int | None, targets: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        tensors = {p: [self._shards.read(*part) for part in group] for p, group in step.parts(expert).items()}
+        return self._conversion.run(step.recipe, tensors, targets)
+
+    def _num_bytes(self, step: Step) -> int:
+        return sum(self._shards.num_bytes(*part) for group in step.parts(0).values() for part in group)
+
+
+def _refuse_quantised(folder: Path) -> None:
+    path = folder / "config.json"
+    if not path.is_file():
+        return
+    try:
+        config = json.loads(path.read_text())
+        quantisation = config.get("quantization_config") or config.get("compression_config")
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"cannot read {path}: {error!r}") from error
+    if quantisation:
+        method = quantisation.get("quant_method", "of an unnamed method")
+        raise CheckpointError(f"quantised checkpoints are not supported yet: {method}; give a bf16 one ({folder})")

@@ -1,0 +1,226 @@
+"""The front end while the cluster changes: health, routing, lost ranks, clients that go away."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from frontend_harness import FakeEngine, front_end, make_checkpoint, make_config, until
+from prometheus_client.parser import text_string_to_metric_families
+
+from elastic_moe.config import ServeConfig
+
+pytestmark = pytest.mark.anyio
+
+END = 0  # the end-of-sequence token
+TEXT = " the quick brown fox jumps over the lazy dog"
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture
+def config(checkpoint: Path) -> ServeConfig:
+    return make_config(checkpoint)
+
+
+async def test_duplicates_gaps_and_strangers_change_nothing(config: ServeConfig):
+    async with front_end(config) as fe:
+        answer = [*fe.tokens(TEXT), END]
+        engine, stranger = FakeEngine(0, answer, sends=0), FakeEngine(1, answer, sends=0)
+        await fe.join(engine, stranger)
+        response = asyncio.create_task(fe.complete(max_tokens=100))
+        await until(lambda: len(engine.submits) == 1)
+        name, last = engine.submits[0].request_id, len(answer) - 1
+        await stranger.send(name, 0, [9, 9, 9])
+        await engine.send("unknown", 0, [9])
+        await engine.send(name, 0, answer[:4])
+        await engine.send(name, 0, answer[:4])
+        await engine.send(name, 6, [9, 9])
+        await engine.send(name, 2, answer[2:last])
+        await engine.send(name, last, [END], "stop")
+        choice = (await response).json()["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == (TEXT, "stop")
+
+
+@pytest.mark.parametrize("sent", [0, 1, 5])
+async def test_a_stream_goes_on_when_its_rank_is_lost(config: ServeConfig, sent: int):
+    async with front_end(config, http=True) as fe:
+        answer = [*fe.tokens(TEXT), END]
+        lost, heir = FakeEngine(0, answer, sends=sent), FakeEngine(1, answer)
+        await fe.join(lost, heir)
+        events = asyncio.create_task(fe.stream(max_tokens=50, seed=3, stream_options={"include_usage": True}))
+        await until(lambda: len(lost.submits) == 1 and len(only_entry(fe).tokens) == sent)
+        lost.close()
+        fe.show(heir)
+        *texts, usage = await events
+        metrics = (await fe.client.get("/metrics")).text
+    assert "".join(e["choices"][0]["text"] for e in texts) == TEXT
+    assert usage["usage"]["completion_tokens"] == len(answer)
+    first, second = lost.submits[0], heir.submits[0]
+    assert second.tokens == first.tokens + answer[:sent]
+    assert (second.num_generated, second.max_new_tokens, second.sampling) == (sent, 50 - sent, first.sampling)
+    assert "elastic_moe_requests_resubmitted_total 1.0" in metrics
+    assert f"elastic_moe_generated_tokens_total {len(answer)}.0" in metrics
+
+
+async def test_a_respawned_rank_starts_from_the_tokens_known(config: ServeConfig):
+    async with front_end(config) as fe:
+        answer = [*fe.tokens(TEXT), END]
+        former, respawned = FakeEngine(0, answer, sends=3), FakeEngine(0, answer)
+        await fe.join(former)
+        response = asyncio.create_task(fe.complete(max_tokens=50))
+        await until(lambda: len(former.submits) == 1 and len(only_entry(fe).tokens) == 3)
+        former.close()
+        fe.show(respawned)
+        assert (await response).json()["choices"][0]["text"] == TEXT
+    assert respawned.submits[0].num_generated == 3
+
+
+async def test_requests_wait_for_a_healthy_rank(config: ServeConfig):
+    async with front_end(config) as fe:
+        early = asyncio.create_task(fe.complete())
+        await until(lambda: fe.gateway.status().requests.waiting == 1)
+        engine = FakeEngine(0, [END])
+        engine.phase = "loading"
+        fe.show(engine)
+        await until(lambda: fe.gateway.status().members[0].phase == "loading")
+        assert fe.gateway.status().requests.waiting == 1
+        engine.phase = "serving"
+        await engine.report()
+        assert (await early).status_code == 200
+
+
+async def test_the_least_loaded_rank_is_chosen(config: ServeConfig):
+    async with front_end(config) as fe:
+        busy, idle = FakeEngine(0, [END], sends=0), FakeEngine(1, [END], sends=0)
+        busy.running = 2
+        await fe.join(busy, idle)
+        requests = [asyncio.create_task(fe.complete()) for _ in range(4)]
+        await until(lambda: len(busy.submits) + len(idle.submits) == 4)
+        assert (len(busy.submits), len(idle.submits)) == (1, 3)
+        for engine in (busy, idle):
+            for submit in engine.submits:
+                await engine.send(submit.request_id, 0, [END], "stop")
+        await asyncio.gather(*requests)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("sent", [0, 2])
+async def test_a_client_that_goes_away_frees_its_request(config: ServeConfig, stream: bool, sent: int):
+    async with front_end(config, http=True) as fe:
+        engine = FakeEngine(0, [*fe.tokens(TEXT), END], sends=sent)
+        await fe.join(engine)
+        request = asyncio.create_task(fe.stream() if stream else fe.complete())
+        await until(lambda: len(engine.submits) == 1)
+        request.cancel()
+        await until(lambda: engine.cancels == [engine.submits[0].request_id])
+        await until(lambda: fe.gateway.status().requests.running == 0)
+        assert b'requests_total{outcome="cancelled"} 1.0' in (await fe.client.get("/metrics")).content
+
+
+async def test_health(config: ServeConfig):
+    async with front_end(config) as fe:
+
+        async def health() -> tuple[int, str]:
+            response = await fe.client.get("/health")
+            return response.status_code, response.json().get("reason", response.json()["status"])
+
+        assert await health() == (503, "no engine has joined yet")
+        first, second = FakeEngine(0, [END]), FakeEngine(1, [END])
+        second.phase = "loading"
+        fe.show(first, second)
+        await until(lambda: [m.phase for m in fe.gateway.status().members] == ["serving", "loading"])
+        assert await health() == (503, "these ranks are not serving yet: 1")
+        second.phase = "serving"
+        await second.report()
+        await until(lambda: fe.gateway.status().phase == "serving")
+        assert await health() == (200, "ok")
+        second.phase = "stopping"
+        await second.report()
+        await until(lambda: fe.gateway.status().members[1].phase == "stopping")
+        assert await health() == (200, "ok"), "one rank is enough once all have served"
+        newcomer = FakeEngine(5, [END])
+        newcomer.phase = "loading"
+        first.close()
+        fe.show(newcomer)
+        await until(lambda: fe.gateway.status().members[0].phase == "loading")
+        assert await health() == (503, "no rank is serving")
+
+
+async def test_a_rank_that_stops_reporting_is_not_healthy(config: ServeConfig, monkeypatch: pytest.MonkeyPatch):
+    async with front_end(config) as fe:
+        await fe.join(FakeEngine(0, [END]))
+        monkeypatch.setattr("elastic_moe.serving.engine_link.STATUS_MAX_AGE_S", -1.0)
+        assert (await fe.client.get("/health")).json() == {"status": "unavailable", "reason": "no rank is serving"}
+        assert fe.gateway.status().members[0].phase == "silent"
+
+
+async def test_status(config: ServeConfig):
+    async with front_end(config) as fe:
+        await fe.join(FakeEngine(2, [END]), FakeEngine(0, [END]))
+        status = (await fe.client.get("/elastic/status")).json()
+    assert (status["epoch"], status["phase"]) == (1, "serving")
+    assert status["placement"] == {"version": 3, "hash": "abc"}
+    assert status["requests"] == {"running": 0, "waiting": 0}
+    assert [m["rank"] for m in status["members"]] == [0, 2]
+    member = status["members"][0]
+    expected = {"node": 0, "pid": 4000, "host": "host", "phase": "serving", "slots": [[0, 1], [1, -1]]}
+    expected |= {"num_experts": 2, "running": 0, "waiting": 0, "steps": 0, "tokens_generated": 7}
+    assert expected.items() <= member.items()
+    assert {"incarnation", "memory_bytes"} <= member.keys()
+
+
+async def test_metrics(config: ServeConfig):
+    async with front_end(config) as fe:
+        engine, other = FakeEngine(0, [*fe.tokens(TEXT), END]), FakeEngine(4, [END])
+        await fe.join(engine, other)
+        await fe.complete("the", max_tokens=100)
+        before = samples((await fe.client.get("/metrics")).text)
+        fe.show(engine)
+        after = samples((await fe.client.get("/metrics")).text)
+    num_tokens = float(len(engine.answer))
+    assert before["elastic_moe_requests_total", "stop"] == 1.0
+    assert before["elastic_moe_generated_tokens_total", ""] == num_tokens
+    assert before["elastic_moe_prompt_tokens_total", ""] == len(engine.submits[0].tokens)
+    assert before["elastic_moe_time_to_first_token_seconds_count", ""] == 1.0
+    assert before["elastic_moe_inter_token_seconds_count", ""] == num_tokens - 1
+    assert before["elastic_moe_ranks", "serving"] == 2.0
+    assert before["elastic_moe_rank_running", "4"] == 0.0
+    assert (before["elastic_moe_epoch", ""], after["elastic_moe_epoch", ""]) == (1.0, 2.0)
+    assert before["elastic_moe_placement_version", ""] == 3.0
+    assert after["elastic_moe_ranks", "serving"] == 1.0
+    assert ("elastic_moe_rank_running", "4") not in after
+
+
+async def test_stopping_ends_streams_with_an_error(config: ServeConfig):
+    async with front_end(config, http=True) as fe:
+        engine = FakeEngine(0, [*fe.tokens(TEXT), END], sends=2)
+        await fe.join(engine)
+        events = asyncio.create_task(fe.stream())
+        whole = asyncio.create_task(fe.complete())
+        await until(lambda: len(engine.submits) == 2)
+        fe.gateway.stop("the server is stopping")
+        assert (await events)[-1]["error"]["code"] == "server_stopping"
+        assert (await whole).status_code == 503
+        assert (await fe.complete()).status_code == 503
+        assert (await fe.client.get("/health")).json()["status"] == "stopping"
+        await until(lambda: len(engine.cancels) == 2)
+
+
+def only_entry(fe):
+    (entry,) = fe.gateway._journal
+    return entry
+
+
+def samples(exposition: str) -> dict[tuple[str, str], float]:
+    """(name, value of its one label) -> value; parsing is part of the test."""
+    families = list(text_string_to_metric_families(exposition))
+    assert families
+    return {(s.name, next(iter(s.labels.values()), "")): s.value for family in families for s in family.samples}
