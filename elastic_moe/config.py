@@ -43,7 +43,12 @@ class ModelConfig:
         _check(folder.is_dir(), "model.path", self.path, "no such folder; give a local checkpoint folder")
         _check((folder / "config.json").is_file(), "model.path", self.path, "holds no config.json")
         files = ("model.safetensors", "model.safetensors.index.json")
-        _check(any((folder / f).is_file() for f in files), "model.path", self.path, f"holds neither {files[0]} nor {files[1]}")
+        _check(
+            any((folder / f).is_file() for f in files),
+            "model.path",
+            self.path,
+            f"holds neither {files[0]} nor {files[1]}",
+        )
 
 
 @dataclass
@@ -51,7 +56,9 @@ class ElasticConfig:
     """Experts, slots and the deadlines of the group."""
 
     redundant_slots: int = _key(0, "spare expert slots per rank and layer, beyond the fewest that hold every expert")
-    slots_per_rank: int | None = _key(None, "expert slots per rank and layer; null: ceil(experts / ranks) + redundant_slots")
+    slots_per_rank: int | None = _key(
+        None, "expert slots per rank and layer; null: ceil(experts / ranks) + redundant_slots"
+    )
     exchange_timeout_s: float = _key(30.0, "deadline of one token exchange between ranks, in seconds")
     start_timeout_s: float = _key(120.0, "how long the ranks wait for each other at start, in seconds")
 

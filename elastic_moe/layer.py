@@ -23,7 +23,9 @@ class ElasticMoELayer(nn.Module):
         self.num_experts = experts.layout.num_experts
         self._runtime = runtime
 
-    def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
         """Apply each token's experts.
 
         Args:
@@ -38,9 +40,9 @@ class ElasticMoELayer(nn.Module):
             PeerLost: a peer of the group died, left, or missed the deadline.
             ValueError: gradients are wanted while an expert has replicas.
         """
-        if torch.is_grad_enabled() and self._runtime.registry.placement.has_replicas:
-            if any(p.requires_grad for p in self.experts.parameters()):
-                raise ValueError("training needs a placement without replicas: replica gradients are not summed yet")
+        trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.experts.parameters())
+        if trains and self._runtime.registry.placement.has_replicas:
+            raise ValueError("training needs a placement without replicas: replica gradients are not summed yet")
         exchange = self._runtime.exchange
         last = self.num_experts - 1
         slots = self._runtime.registry.choose_slots(self.layer, top_k_index.clamp(max=last))

@@ -36,14 +36,18 @@ def main() -> int:
     console = Console()
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(args.ranks)]
     command = [*torchrun, "--master-port", "0", "launch/serve.py", "model=demo", "server.port=0", "log_level=warning"]
-    console.print(f"[bold]starting {args.ranks} ranks[/]: torchrun --nproc-per-node {args.ranks} launch/serve.py model=demo")
+    console.print(
+        f"[bold]starting {args.ranks} ranks[/]: torchrun --nproc-per-node {args.ranks} launch/serve.py model=demo"
+    )
     begin = time.monotonic()
     server = subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, text=True)
     try:
         url = wait_until_ready(server)
         console.print(f"serving at [link]{url}[/] after {time.monotonic() - begin:.1f} s")
         tokens, seconds = asyncio.run(stream_side_by_side(url, args.tokens, console))
-        console.print(f"{tokens} tokens in {seconds:.2f} s: [bold]{tokens / seconds:.0f} tokens/s[/] over {len(PROMPTS)} streams")
+        console.print(
+            f"{tokens} tokens in {seconds:.2f} s: [bold]{tokens / seconds:.0f} tokens/s[/] over {len(PROMPTS)} streams"
+        )
         console.print(experts_table(get_json(f"{url}/elastic/status")))
     finally:
         server.send_signal(signal.SIGINT)
@@ -88,12 +92,18 @@ async def stream_side_by_side(url: str, max_tokens: int, console: Console) -> tu
     counts = [0] * len(PROMPTS)
 
     def render() -> Columns:
-        panels = (Panel(text, title=f"stream {i}", width=console.width // 2 - 1, height=14) for i, text in enumerate(texts))
+        panels = (
+            Panel(text, title=f"stream {i}", width=console.width // 2 - 1, height=14) for i, text in enumerate(texts)
+        )
         return Columns(panels)
 
     async def stream(i: int, live: Live) -> None:
         chunks = await client.completions.create(
-            model="demo", prompt=PROMPTS[i], max_tokens=max_tokens, temperature=0, stream=True,
+            model="demo",
+            prompt=PROMPTS[i],
+            max_tokens=max_tokens,
+            temperature=0,
+            stream=True,
             stream_options={"include_usage": True},
         )
         async for chunk in chunks:
@@ -111,7 +121,9 @@ async def stream_side_by_side(url: str, max_tokens: int, console: Console) -> tu
 
 def experts_table(status: dict) -> Table:
     """Where the experts of the first MoE layer live."""
-    table = Table(title=f"experts of layer 0, placement version {status['placement_version']} ({status['placement_hash']})")
+    table = Table(
+        title=f"experts of layer 0, placement version {status['placement_version']} ({status['placement_hash']})"
+    )
     for column in ("rank", "node", "pid", "slots", "memory"):
         table.add_column(column)
     for member in status["members"]:

@@ -17,8 +17,8 @@ from elastic_moe.config import ModelConfig, ServeConfig, ServerConfig, ServingCo
 from elastic_moe.membership.view import Member, View
 from elastic_moe.serving.app import create_app
 from elastic_moe.serving.frontend import HttpServer
-from elastic_moe.serving.listener import listen
 from elastic_moe.serving.gateway import Gateway
+from elastic_moe.serving.listener import listen
 from elastic_moe.serving.metrics import Metrics
 from elastic_moe.serving.protocol import Cancel, Hello, Status, Submit, Tokens, decode_to_engine, encode
 from elastic_moe.serving.served_model import ServedModel

@@ -52,7 +52,9 @@ def run_ranks(
         codes = _wait_all(processes, deadline_s)
         wanted = [(ends or {}).get(rank, 0) for rank in range(world_size)]
         if codes != wanted:
-            logs = "\n".join(f"--- rank {r}:\n{Path(folder, f'log-{r}').read_text()[-4000:]}" for r in range(world_size))
+            logs = "\n".join(
+                f"--- rank {r}:\n{Path(folder, f'log-{r}').read_text()[-4000:]}" for r in range(world_size)
+            )
             raise AssertionError(f"ranks ended with {codes}, wanted {wanted}\n{logs}")
         results = [Path(folder, f"result-{rank}") for rank in range(world_size)]
         return [torch.load(result, weights_only=False) if result.exists() else None for result in results]

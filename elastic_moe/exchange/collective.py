@@ -78,7 +78,7 @@ class _AllToAll(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad):  # noqa: ANN001, ANN205 - the signature is torch's
+    def backward(ctx, grad):  # noqa: ANN001, ANN205 # pyright: ignore[reportIncompatibleMethodOverride]
         back = grad.new_empty((sum(ctx.sent), grad.shape[1]))
         ctx.group.all_to_all(back, grad.contiguous(), ctx.sent, ctx.received)
         return back, None, None, None

@@ -1,6 +1,7 @@
 """SlotExperts: the experts in one rank's slots of one layer, computed by grouped GEMM."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ class SlotExperts(nn.Module):
             delattr(template, name)
             slots = torch.zeros((num_slots, *shape), dtype=dtype, device=device)
             self.register_parameter(name, nn.Parameter(slots, requires_grad=trainable))
-        self.template = template
+        self.template: Any = template
         self._first = "gate_up_proj" if template.has_gate else "up_proj"
 
     @property

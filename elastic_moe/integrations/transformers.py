@@ -41,7 +41,9 @@ def find_experts(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def meta_model(folder: str | Path, dtype: torch.dtype | None, config: PretrainedConfig | None = None) -> PreTrainedModel:
+def meta_model(
+    folder: str | Path, dtype: torch.dtype | None, config: PretrainedConfig | None = None
+) -> PreTrainedModel:
     """The model of a checkpoint on the meta device: structure, no memory. `dtype` None means the checkpoint's own."""
     config = config or AutoConfig.from_pretrained(folder)
     with torch.device("meta"):

@@ -19,7 +19,7 @@ from elastic_moe.membership.view import View
 class Group:
     """One process group with a deadline on every call and errors that say what broke off."""
 
-    def __init__(self, backend: dist.Backend, name: str, epoch: int, timeout_s: float) -> None:
+    def __init__(self, backend: dist.ProcessGroupGloo | dist.ProcessGroupNCCL, name: str, epoch: int, timeout_s: float) -> None:
         self._backend = backend
         self._name = name
         self._epoch = epoch
@@ -112,7 +112,9 @@ class EpochGroups:
             options = dist.ProcessGroupGloo._Options()
             options._timeout = timeout
             options._devices = [dist.ProcessGroupGloo.create_device(hostname=view.member(rank).host)]
-            return Group(dist.ProcessGroupGloo(dist.PrefixStore(name, store), me, size, options), name, view.epoch, timeout_s)
+            return Group(
+                dist.ProcessGroupGloo(dist.PrefixStore(name, store), me, size, options), name, view.epoch, timeout_s
+            )
 
         def nccl(name: str, store: dist.Store) -> Group:
             options = dist.ProcessGroupNCCL.Options()

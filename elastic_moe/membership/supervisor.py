@@ -16,9 +16,7 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import msgspec
-
-from elastic_moe.membership.channel import Channel, Refused, channel_pair
+from elastic_moe.membership.channel import Refused, channel_pair
 
 STOP_GRACE_S = 4.0
 """How long children may take to end after SIGTERM before they are killed."""
@@ -31,14 +29,16 @@ class Event(NamedTuple):
     """Something a supervisor acts on: a message of a child, a child's end (`code`), or a signal (`child` empty)."""
 
     child: str
-    message: msgspec.Struct | None = None
+    message: object | None = None
     code: int | None = None
 
 
 class Child:
     """One child process and the channel to it."""
 
-    def __init__(self, name: str, command: Sequence[str], events: "queue.SimpleQueue[Event]", pass_fds: Sequence[int] = ()) -> None:
+    def __init__(
+        self, name: str, command: Sequence[str], events: "queue.SimpleQueue[Event]", pass_fds: Sequence[int] = ()
+    ) -> None:
         """Start `command` with ` --supervisor-fd N` appended; its messages and its end go to `events`.
 
         The child dies when this process does: it reads the end of file, and the kernel kills it should it not.
@@ -57,7 +57,7 @@ class Child:
                 [*command, "--supervisor-fd", str(theirs.fileno())],
                 pass_fds=(theirs.fileno(), *pass_fds),
                 start_new_session=True,
-                preexec_fn=die_with_parent,  # noqa: PLW1509 - no thread holds a lock here: started from the main thread
+                preexec_fn=die_with_parent,
             )
         threading.Thread(target=self._watch, args=(events,), daemon=True).start()
 

@@ -1,5 +1,7 @@
 """Who is in the group: `Member` is one process in one seat, `View` the members all have agreed on."""
 
+from itertools import pairwise
+
 import msgspec
 
 
@@ -29,7 +31,7 @@ class View(msgspec.Struct, frozen=True):
 
     def __post_init__(self) -> None:
         ranks = self.ranks
-        if not ranks or any(b <= a for a, b in zip(ranks, ranks[1:], strict=False)):
+        if not ranks or any(b <= a for a, b in pairwise(ranks)):
             raise ValueError(f"a view needs members in rising order of rank, got ranks {ranks}")
 
     @property

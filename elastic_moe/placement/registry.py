@@ -46,7 +46,9 @@ class PlacementRegistry:
         if (placement.num_layers, placement.num_experts) != (old.num_layers, old.num_experts):
             raise ValueError("a new placement must have the layers and experts of the committed one")
         if placement.num_ranks != self.topology.num_ranks:
-            raise ValueError(f"placement for {placement.num_ranks} ranks, but the topology has {self.topology.num_ranks}")
+            raise ValueError(
+                f"placement for {placement.num_ranks} ranks, but the topology has {self.topology.num_ranks}"
+            )
         self._write_tables(placement)
         self._placement = placement
 

@@ -75,7 +75,9 @@ class _Outbox(OutputRouter):
 class Batcher:
     """The requests of one rank. All calls come from one thread, the one that runs the model."""
 
-    def __init__(self, model: PreTrainedModel, config: ServingConfig, eos_token_ids: Sequence[int], deliver: Deliver) -> None:
+    def __init__(
+        self, model: PreTrainedModel, config: ServingConfig, eos_token_ids: Sequence[int], deliver: Deliver
+    ) -> None:
         """`deliver` is called in `commit` for every new token and for the end of every request."""
         self._model = model
         self._config = config
@@ -119,7 +121,9 @@ class Batcher:
     def has_requests(self) -> bool:
         """Whether anything runs, waits, or is to be cancelled."""
         manager = self._manager
-        return self._processor.has_pending_requests() or not (manager.input_queue.empty() and manager.cancel_queue.empty())
+        return self._processor.has_pending_requests() or not (
+            manager.input_queue.empty() and manager.cancel_queue.empty()
+        )
 
     def submit(self, submit: Submit) -> None:
         """Queue a request; one that is here already under its id is replaced.

@@ -63,7 +63,7 @@ class Mailbox:
         poller.register(self._outbox, zmq.POLLIN)
         next_status = 0.0
         while True:
-            ready = dict(poller.poll(STATUS_EVERY_S * 1000))
+            ready = dict(poller.poll(int(STATUS_EVERY_S * 1000)))
             if self._router in ready:
                 self._receive(*self._router.recv_multipart())
             if self._outbox in ready:

@@ -42,7 +42,9 @@ def placements(draw):
     rows = []
     for _ in range(draw(st.integers(1, 3))):
         extra = draw(
-            st.lists(st.integers(EMPTY, num_experts - 1), min_size=num_slots - num_experts, max_size=num_slots - num_experts)
+            st.lists(
+                st.integers(EMPTY, num_experts - 1), min_size=num_slots - num_experts, max_size=num_slots - num_experts
+            )
         )
         rows.append(draw(st.permutations([*range(num_experts), *extra])))
     topology = Topology.uniform(num_ranks, draw(st.integers(1, num_ranks)))
