@@ -5,10 +5,12 @@ and built anew at any time, and a user's own `init_process_group` is left alone.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -16,10 +18,15 @@ from elastic_moe.errors import PeerLost
 from elastic_moe.membership.view import View
 
 
+Parcel = tuple[torch.Tensor, int, int]
+BUILD_TIMEOUT_S = 3.0
+"""How long members of a new view wait for each other; they have all just asked for it."""
+
+
 class Group:
     """One process group with a deadline on every call and errors that say what broke off."""
 
-    def __init__(self, backend: dist.ProcessGroupGloo | dist.ProcessGroupNCCL, name: str, epoch: int, timeout_s: float) -> None:
+    def __init__(self, backend: Any, name: str, epoch: int, timeout_s: float) -> None:
         self._backend = backend
         self._name = name
         self._epoch = epoch
@@ -54,9 +61,31 @@ class Group:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.int64)
         options = dist.AllreduceOptions()
-        options.reduceOp = dist.ReduceOp.MAX
+        options.reduceOp = dist.ReduceOp.MAX  # pyright: ignore[reportAttributeAccessIssue]
         self._wait("all_reduce", lambda: self._backend.allreduce([tensor], options))
         return tensor.tolist()
+
+    def all_reduce_max_array(self, values: np.ndarray) -> np.ndarray:
+        """The largest value at each place of an int64 array of the same shape everywhere.
+
+        Raises:
+            PeerLost: a peer died, left, or missed the deadline.
+        """
+        return np.array(self.all_reduce_max(values.ravel().tolist()), dtype=np.int64).reshape(values.shape)
+
+    def exchange(self, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> None:
+        """Send and receive tensors point to point, all at once: (tensor, group rank, tag), contiguous tensors.
+
+        Parcels of one pair and tag arrive in the order they were given.
+
+        Raises:
+            PeerLost: a peer died, left, or missed the deadline.
+        """
+        if sends or receives:
+            self._wait("exchange", lambda: _All(
+                [self._backend.send([tensor], peer, tag) for tensor, peer, tag in sends]
+                + [self._backend.recv([tensor], peer, tag) for tensor, peer, tag in receives]
+            ))
 
     def barrier(self) -> None:
         """Wait for all ranks.
@@ -70,7 +99,7 @@ class Group:
         """Break off every call in flight, here and (by the closed sockets) at the peers. From any thread."""
         self._backend.abort()
 
-    def _wait(self, op: str, start: Callable[[], dist.Work]) -> None:
+    def _wait(self, op: str, start: "Callable[[], dist.Work | _All]") -> None:
         begin = time.monotonic()
         try:
             start().wait()
@@ -80,6 +109,17 @@ class Group:
                 f"{op} on group {self._name} of epoch {self._epoch} broke off on group rank {self.rank} of {self.size} "
                 f"after {time.monotonic() - begin:.3f} s (deadline {self._timeout_s} s): {reason}"
             ) from error
+
+
+class _All:
+    """Several works as one."""
+
+    def __init__(self, works: list[dist.Work]) -> None:
+        self._works = works
+
+    def wait(self) -> None:
+        for work in self._works:
+            work.wait()
 
 
 @dataclass(frozen=True)
@@ -99,40 +139,43 @@ class EpochGroups:
             view: the agreed members.
             rank: EP rank of this process.
             device: cpu (gloo) or a CUDA device (NCCL) for the data group.
-            timeout_s: deadline of building and of every later call, in seconds.
+            timeout_s: deadline of every later call, in seconds; building has `BUILD_TIMEOUT_S`.
 
         Raises:
             PeerLost: a member did not come in time.
         """
-        me, size = view.group_rank(rank), len(view.members)
         host, port = view.members[0].store.rsplit(":", 1)
-        timeout = timedelta(seconds=timeout_s)
-
-        def gloo(name: str, store: dist.Store) -> Group:
-            options = dist.ProcessGroupGloo._Options()
-            options._timeout = timeout
-            options._devices = [dist.ProcessGroupGloo.create_device(hostname=view.member(rank).host)]
-            return Group(
-                dist.ProcessGroupGloo(dist.PrefixStore(name, store), me, size, options), name, view.epoch, timeout_s
-            )
-
-        def nccl(name: str, store: dist.Store) -> Group:
-            options = dist.ProcessGroupNCCL.Options()
-            options._timeout = timeout
-            backend = dist.ProcessGroupNCCL(dist.PrefixStore(name, store), me, size, options)
-            return Group(backend, name, view.epoch, timeout_s)
-
+        limit = timedelta(seconds=BUILD_TIMEOUT_S)
         try:
-            store = dist.TCPStore(host, int(port), is_master=False, timeout=timeout)
-            prefix = dist.PrefixStore(f"elastic_moe/{view.epoch}", store)
-            data = gloo if device.type == "cpu" else nccl
-            return cls(view.epoch, view.ranks, gloo("control", prefix), data("data", prefix))
+            store = dist.TCPStore(host, int(port), is_master=False, timeout=limit)
+            prefix = dist.PrefixStore(f"elastic_moe/{view.epoch}/{view.digest}", store)
+            control = _gloo(dist.PrefixStore("control", prefix), view, rank)
+            data = _gloo if device.type == "cpu" else _nccl
+            backends = {"control": control, "data": data(dist.PrefixStore("data", prefix), view, rank)}
         except RuntimeError as error:
             raise PeerLost(
-                f"groups of epoch {view.epoch} (ranks {list(view.ranks)}) were not built within {timeout_s} s"
+                f"groups of epoch {view.epoch} (ranks {list(view.ranks)}) were not built within {BUILD_TIMEOUT_S} s"
             ) from error
+        groups = {}
+        for name, backend in backends.items():
+            backend._set_default_timeout(timedelta(seconds=timeout_s))
+            groups[name] = Group(backend, name, view.epoch, timeout_s)
+        return cls(view.epoch, view.ranks, **groups)
 
     def abort(self) -> None:
         """Abort both groups; whoever waits in them gets `PeerLost`. Safe to call twice and from any thread."""
         self.control.abort()
         self.data.abort()
+
+
+def _gloo(store: dist.Store, view: View, rank: int) -> Any:
+    options = dist.ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue]
+    options._timeout = timedelta(seconds=BUILD_TIMEOUT_S)
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=view.member(rank).host)]
+    return dist.ProcessGroupGloo(store, view.group_rank(rank), len(view.members), options)
+
+
+def _nccl(store: dist.Store, view: View, rank: int) -> Any:
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timedelta(seconds=BUILD_TIMEOUT_S)
+    return dist.ProcessGroupNCCL(store, view.group_rank(rank), len(view.members), options)

@@ -26,8 +26,9 @@ def reachable_host(peer: str) -> str:
 class Seat:
     """This process as it enters the group: its `member` record, and the TCPStore it offers for building groups."""
 
-    def __init__(self, launch: Launch, host: str = "127.0.0.1", address: str = "") -> None:
-        """`host` is this host's address for its peers, `address` the engine's message endpoint (if it has one)."""
+    def __init__(self, launch: Launch, host: str = "127.0.0.1", address: str = "", lighthouse: str = "") -> None:
+        """`host` is this host's address for its peers, `address` the engine's message endpoint (if it has one),
+        `lighthouse` the URL of the one beside it (if there is one)."""
         self.store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
         self.member = Member(
             rank=launch.rank,
@@ -37,6 +38,7 @@ class Seat:
             host=host,
             address=address,
             store=f"{host}:{self.store.port}",
+            lighthouse=lighthouse,
         )
 
 

@@ -7,7 +7,7 @@ token that arrives twice is recognised and dropped.
 
 import msgspec
 
-from elastic_moe.membership.view import View
+from elastic_moe.membership.view import Member, View
 
 
 class Sampling(msgspec.Struct, frozen=True):
@@ -52,6 +52,25 @@ class Wake(msgspec.Struct, tag="wake", frozen=True):
     step: int
 
 
+class PeerDied(msgspec.Struct, tag="peer_died", frozen=True):
+    """Supervisor -> all engines: this process has ended. Asks for a new view; nobody acts on it alone."""
+
+    rank: int
+    incarnation: str
+
+
+class AskView(msgspec.Struct, tag="ask_view", frozen=True):
+    """Engine -> engines: the groups of `epoch` are broken; leave them and ask for the next view."""
+
+    epoch: int
+
+
+class Knock(msgspec.Struct, tag="knock", frozen=True):
+    """A process that is ready to be a member -> engines: take me in at the next step you agree on."""
+
+    member: Member
+
+
 class Tokens(msgspec.Struct, tag="tokens", frozen=True):
     """Engine -> front end: new tokens of a request; `start` is the output position of the first of them.
 
@@ -73,7 +92,7 @@ class Status(msgspec.Struct, tag="status", frozen=True):
     rank: int
     incarnation: str
     phase: str
-    """`loading`, `serving` or `stopping`."""
+    """`loading`, `serving`, `recovering`, or `unavailable` (the reason in `reason`)."""
     view: View
     placement_version: int = 0
     placement_hash: str = ""
@@ -87,9 +106,10 @@ class Status(msgspec.Struct, tag="status", frozen=True):
     memory_bytes: int = 0
     """Resident memory of the process (CPU) or allocated device memory (GPU)."""
     load_seconds: float = 0.0
+    reason: str = ""
 
 
-ToEngine = Submit | Cancel | Hello | Wake
+ToEngine = Submit | Cancel | Hello | Wake | PeerDied | AskView | Knock
 ToFrontEnd = Tokens | Status
 
 encode = msgspec.msgpack.Encoder().encode
