@@ -64,7 +64,9 @@ class ElasticConfig:
 
     grow_slots: bool = _key(True, "add slots on the survivors when a loss leaves fewer than the experts need")
     hang_timeout_s: float = _key(20.0, "an engine without progress for this long is killed and respawned, in seconds")
-    max_quick_deaths: int = _key(3, "give a rank up after it died this many times in a row within a minute of its start")
+    max_quick_deaths: int = _key(
+        3, "give a rank up after it died this many times in a row within a minute of its start"
+    )
     lighthouse: str = _key("", "URL[,URL...] of outside lighthouses for membership; empty: one embedded on each node")
 
     def validate(self) -> None:

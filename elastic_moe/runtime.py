@@ -8,15 +8,16 @@ from typing import Any, TypeVar
 
 import torch
 
-from elastic_moe.control.recovery import Recovery, Report
+from elastic_moe.control.recovery import Recovery
+from elastic_moe.control.report import Report
 from elastic_moe.errors import PeerLost
 from elastic_moe.exchange.collective import CollectiveExchange
 from elastic_moe.exchange.interface import TokenExchange
 from elastic_moe.experts.slots import SlotExperts
 from elastic_moe.membership.groups import EpochGroups
-from elastic_moe.membership.launch import Launch
+from elastic_moe.membership.launch import Launch, host_of
 from elastic_moe.membership.quorum import Membership
-from elastic_moe.membership.rendezvous import Seat, host_of, meet
+from elastic_moe.membership.rendezvous import Seat, meet
 from elastic_moe.membership.view import View
 from elastic_moe.placement.placement import Placement, fewest_slots, initial_placement
 from elastic_moe.placement.registry import PlacementRegistry
@@ -73,6 +74,7 @@ class ElasticRuntime:
         self._grow_slots = grow_slots
         self._membership = Membership(seat.member, lighthouses or view.lighthouses)
         self._lock = threading.Lock()
+        self._left = -1
         self._groups: EpochGroups | None = None
         self._registry: PlacementRegistry | None = None
         self._exchange: TokenExchange | None = None
@@ -198,6 +200,11 @@ class ElasticRuntime:
             except PeerLost as error:
                 self.recover(str(error))
 
+    @property
+    def epoch_is_over(self) -> bool:
+        """Whether the current epoch was left and `recover` has to be called; its next collective would say so too."""
+        return self._left == self.view.epoch
+
     def leave_epoch(self, epoch: int) -> bool:
         """Abort the groups of `epoch` and ask for the next view, if it is the current one. From any thread.
 
@@ -206,9 +213,21 @@ class ElasticRuntime:
         with self._lock:
             if epoch != self.view.epoch or self._groups is None:
                 return False
+            self._left = epoch
             self._groups.abort()
         self._membership.request_view(epoch)
         return True
+
+    def peer_died(self, rank: int, incarnation: str) -> None:
+        """The supervisor of this process says that it ended: leave the epoch if it was a member. From any thread."""
+        self._membership.gone(rank, incarnation)
+        view = self.view
+        if view.has(rank, incarnation):
+            self.leave_epoch(view.epoch)
+
+    def invited(self, view: View) -> None:
+        """The members of `view` take this process in now (it had knocked). From any thread."""
+        self._membership.invite(view)
 
     def recover(self, reason: str) -> Report:
         """Leave the current epoch and come back in the next: view, groups, repair, vote, commit. Collective in effect.
@@ -220,8 +239,7 @@ class ElasticRuntime:
         log.info("leaving epoch %d: %s", self.epoch, reason)
         if self.leave_epoch(self.epoch):
             self.ask_others(self.view)
-        else:
-            self._membership.start()
+            self._groups = self._exchange = None  # closes the sockets: peers that nobody told notice by that
         recovery = Recovery(
             self.seat.member,
             self._membership,
@@ -242,7 +260,7 @@ class ElasticRuntime:
 
     def close(self) -> None:
         """Leave for good. Peers still inside a call get `PeerLost`."""
-        self._membership.stop()
+        self._membership.close()
         if self._groups is not None:
             self._groups.abort()
 

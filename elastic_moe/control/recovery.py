@@ -9,14 +9,13 @@ import enum
 import logging
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
 
-import msgspec
 import numpy as np
 import torch
 
-from elastic_moe.errors import NotEnoughSlots, PeerLost, TransferFailed
+from elastic_moe.control.report import Report
+from elastic_moe.errors import PeerLost, TransferFailed
 from elastic_moe.membership.groups import EpochGroups
 from elastic_moe.membership.quorum import Membership
 from elastic_moe.membership.view import Member, View
@@ -29,7 +28,6 @@ from elastic_moe.weights.store import ExpertStore
 
 log = logging.getLogger("elastic_moe.recovery")
 
-KNOCK_EVERY_S = 0.5
 MOVES_IN_FLIGHT = 64
 """Experts on their way between ranks at once; bounds the receive buffers of the transport."""
 
@@ -41,25 +39,6 @@ class Phase(enum.Enum):
     GROUPS = "groups"
     REPAIR = "repair"
     COMMIT = "commit"
-
-
-class Report(msgspec.Struct, frozen=True):
-    """One recovery as one rank saw it. Times are seconds; `noticed_at` is wall-clock (Unix) time."""
-
-    epoch: int
-    ranks: tuple[int, ...]
-    lost: tuple[int, ...]
-    joined: tuple[int, ...]
-    reason: str
-    noticed_at: float
-    phase_s: dict[str, float]
-    bytes_by_source: dict[str, int]
-    """Bytes that came into this rank's slots, by distance: own, node, remote, disk."""
-    bytes_lower_bound: int
-    """Bytes of the copies newly needed in the whole group."""
-    rejected: int
-    """Copies refused because their digest was wrong."""
-    attempts: int
 
 
 class Recovery:
@@ -113,7 +92,7 @@ class Recovery:
             attempts += 1
             try:
                 with self._phase(Phase.VIEW):
-                    view = self._await_view(view)
+                    view = self._membership.next_view(view, self._knock, deadline_s)
                 with self._phase(Phase.GROUPS):
                     groups = EpochGroups.build(view, self._me.rank, self._device, self._exchange_timeout_s)
                     self._on_groups(view, groups)
@@ -137,14 +116,6 @@ class Recovery:
             attempts=attempts,
         )
         return placement, report
-
-    def _await_view(self, old: View) -> View:
-        future = self._membership.request_view(old.epoch)
-        while True:
-            try:
-                return future.result(KNOCK_EVERY_S)
-            except FutureTimeout:
-                self._knock(old)
 
     def _repair(self, view: View, groups: EpochGroups, version: int) -> Placement:
         with self._phase(Phase.REPAIR):

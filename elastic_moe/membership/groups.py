@@ -4,6 +4,7 @@ They are plain `ProcessGroup` objects, not torch.distributed's global state: an 
 and built anew at any time, and a user's own `init_process_group` is left alone.
 """
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,10 +18,11 @@ import torch.distributed as dist
 from elastic_moe.errors import PeerLost
 from elastic_moe.membership.view import View
 
-
 Parcel = tuple[torch.Tensor, int, int]
 BUILD_TIMEOUT_S = 3.0
 """How long members of a new view wait for each other; they have all just asked for it."""
+
+ABORT_AGAIN_S = 0.005
 
 
 class Group:
@@ -33,6 +35,9 @@ class Group:
         self._timeout_s = timeout_s
         self.rank = backend.rank()
         self.size = backend.size()
+        self.waiting = False
+        """Whether a call is in flight: the rank waits for its peers, with a deadline."""
+        self._aborted = False
 
     def all_to_all(
         self,
@@ -82,10 +87,13 @@ class Group:
             PeerLost: a peer died, left, or missed the deadline.
         """
         if sends or receives:
-            self._wait("exchange", lambda: _All(
-                [self._backend.send([tensor], peer, tag) for tensor, peer, tag in sends]
-                + [self._backend.recv([tensor], peer, tag) for tensor, peer, tag in receives]
-            ))
+            self._wait(
+                "exchange",
+                lambda: _All(
+                    [self._backend.send([tensor], peer, tag) for tensor, peer, tag in sends]
+                    + [self._backend.recv([tensor], peer, tag) for tensor, peer, tag in receives]
+                ),
+            )
 
     def barrier(self) -> None:
         """Wait for all ranks.
@@ -96,12 +104,31 @@ class Group:
         self.all_reduce_max([0])
 
     def abort(self) -> None:
-        """Break off every call in flight, here and (by the closed sockets) at the peers. From any thread."""
-        self._backend.abort()
+        """Break off the call in flight and refuse every later one. From any thread.
+
+        gloo's abort frees only who waits at this very moment, and a call may be just about to wait: so it is repeated
+        until the caller is out.
+        """
+        if self._aborted:
+            return
+        self._aborted = True
+        if self.waiting:
+            threading.Thread(target=self._abort_until_free, name="abort", daemon=True).start()
+
+    def _abort_until_free(self) -> None:
+        while self.waiting:
+            self._backend.abort()
+            time.sleep(ABORT_AGAIN_S)
+
+    def _refuse_if_aborted(self) -> None:
+        if self._aborted:
+            raise RuntimeError("this rank has left the group")
 
     def _wait(self, op: str, start: "Callable[[], dist.Work | _All]") -> None:
         begin = time.monotonic()
+        self.waiting = True
         try:
+            self._refuse_if_aborted()
             start().wait()
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
@@ -109,6 +136,8 @@ class Group:
                 f"{op} on group {self._name} of epoch {self._epoch} broke off on group rank {self.rank} of {self.size} "
                 f"after {time.monotonic() - begin:.3f} s (deadline {self._timeout_s} s): {reason}"
             ) from error
+        finally:
+            self.waiting = False
 
 
 class _All:
@@ -161,6 +190,11 @@ class EpochGroups:
             backend._set_default_timeout(timedelta(seconds=timeout_s))
             groups[name] = Group(backend, name, view.epoch, timeout_s)
         return cls(view.epoch, view.ranks, **groups)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a call is in flight in either group."""
+        return self.control.waiting or self.data.waiting
 
     def abort(self) -> None:
         """Abort both groups; whoever waits in them gets `PeerLost`. Safe to call twice and from any thread."""

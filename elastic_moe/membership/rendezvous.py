@@ -1,7 +1,6 @@
 """How the ranks of one launch find each other: every member writes its record into torchrun's store."""
 
 import os
-import socket
 import uuid
 from datetime import timedelta
 
@@ -11,16 +10,6 @@ import torch.distributed as dist
 from elastic_moe.errors import PeerLost
 from elastic_moe.membership.launch import Launch
 from elastic_moe.membership.view import Member, View
-
-
-def reachable_host(peer: str) -> str:
-    """This host's address on the way to `peer` (no packet is sent); loopback stays loopback."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((peer, 9))
-        except OSError:
-            return "127.0.0.1"
-        return probe.getsockname()[0]
 
 
 class Seat:
@@ -40,11 +29,6 @@ class Seat:
             store=f"{host}:{self.store.port}",
             lighthouse=lighthouse,
         )
-
-
-def host_of(launch: Launch) -> str:
-    """The address under which the peers of this launch reach this host."""
-    return reachable_host(launch.store.rpartition(":")[0]) if launch.store else "127.0.0.1"
 
 
 def meet(launch: Launch, me: Member, timeout_s: float) -> View:

@@ -7,6 +7,7 @@ token that arrives twice is recognised and dropped.
 
 import msgspec
 
+from elastic_moe.control.report import Report
 from elastic_moe.membership.view import Member, View
 
 
@@ -71,6 +72,12 @@ class Knock(msgspec.Struct, tag="knock", frozen=True):
     member: Member
 
 
+class Invite(msgspec.Struct, tag="invite", frozen=True):
+    """Members -> a process that knocked: we ask for the next view now, so do you. `view` is the one we leave."""
+
+    view: View
+
+
 class Tokens(msgspec.Struct, tag="tokens", frozen=True):
     """Engine -> front end: new tokens of a request; `start` is the output position of the first of them.
 
@@ -109,8 +116,15 @@ class Status(msgspec.Struct, tag="status", frozen=True):
     reason: str = ""
 
 
-ToEngine = Submit | Cancel | Hello | Wake | PeerDied | AskView | Knock
-ToFrontEnd = Tokens | Status
+class Event(msgspec.Struct, tag="event", frozen=True):
+    """Engine -> front end: a recovery this rank went through."""
+
+    rank: int
+    report: Report
+
+
+ToEngine = Submit | Cancel | Hello | Wake | PeerDied | AskView | Knock | Invite
+ToFrontEnd = Tokens | Status | Event
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode

@@ -181,5 +181,5 @@ class Cluster(RuleBasedStateMachine):
                 assert (self.committed.of_rank(rank) == EMPTY).all()
 
 
-Cluster.TestCase.settings = settings(max_examples=100, stateful_step_count=20, deadline=None)
+Cluster.TestCase.settings = settings(max_examples=80, stateful_step_count=20, deadline=None)
 TestMembership = Cluster.TestCase

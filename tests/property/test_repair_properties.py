@@ -50,7 +50,7 @@ def repair_if_it_fits(case, loads=None):
 
 
 @given(loaded_clusters())
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=800, deadline=None)
 def test_repair_covers_with_the_fewest_moves(loaded):
     case, loads = loaded
     held, num_experts, slots, alive, _ = case
@@ -214,7 +214,7 @@ def check_plan(held, new, alive, topology):
 
 
 @given(transitions())
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=800, deadline=None)
 def test_a_plan_replays_to_the_new_placement(case):
     check_plan(*case)
 
