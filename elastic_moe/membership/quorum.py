@@ -97,18 +97,19 @@ class Membership:
         """The view that follows `view`, with this process in it.
 
         A member asks at once. A newcomer, or a member that the others left behind, knocks until the members invite it,
-        and asks together with them; until then it sends no heartbeats, so nobody waits for it.
+        and asks together with them. It sends heartbeats while it knocks, so they wait for it; members invite whoever
+        knocks as soon as they ask for a view themselves, for whatever reason.
 
         Raises:
             PeerLost: nobody agreed on anything within `deadline_s` seconds.
         """
         deadline = time.monotonic() + deadline_s
         asking = view.has(self._me.rank, self._me.incarnation)
+        self._beating.set()
         while True:
             try:
                 if not asking:
                     view = self._await_invitation(view, knock, deadline)
-                self._beating.set()
                 return self.request_view(view.epoch).result(CALL_TIMEOUT_S + len(self._urls) * CONNECT_TIMEOUT_S)
             except (PeerLost, FutureTimeout) as error:
                 if time.monotonic() > deadline:
@@ -116,7 +117,6 @@ class Membership:
                 asking = False
 
     def _await_invitation(self, view: View, knock: Callable[[View], None], deadline: float) -> View:
-        self._beating.clear()
         while time.monotonic() < deadline:
             knock(view)
             try:

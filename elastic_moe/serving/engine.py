@@ -68,7 +68,7 @@ class Engine:
         model = meta_model(config.model.path, pick_dtype(config.model.dtype))
         self._mailbox = Mailbox(host_of(start.launch), self.status, self._on_control)
         self.runtime = self._join(device)
-        self.runtime.ask_others = lambda view: self._tell(view, AskView(view.epoch))
+        self.runtime.ask_others = self._ask_others
         self.runtime.knock = lambda view: self._tell(view, Knock(self.runtime.seat.member))
         self._mailbox.start()
         self._model = self._load(model)
@@ -145,7 +145,6 @@ class Engine:
             self._tell(self.runtime.view, Wake(self.runtime.epoch, self._handshakes))
         work, change = self.runtime.agree(int(self._pending), int(bool(self._knocking)))
         if change:
-            self._invite()
             self._recover("a process joins")
             return
         self._asleep = not work
@@ -177,7 +176,6 @@ class Engine:
                 self._mailbox.announce()
                 while not self._knocking and not self.runtime.epoch_is_over:
                     self._take(self._mailbox.inbox.get())
-                self._invite()
                 reason = "the group changes again"
         self._handshakes = self._woken_for = 0
         self._asleep = False
@@ -226,10 +224,12 @@ class Engine:
             runtime.invited(message.view)
         elif not view.has(message.member.rank, message.member.incarnation):
             self._knocking[message.member.rank] = message.member
+            if runtime.epoch_is_over:  # the members are asking for a view right now
+                self._mailbox.tell_now(message.member.address, Invite(view))
 
-    def _invite(self) -> None:
-        """Tell those who knocked that the members ask for a view now."""
-        view = self.runtime.view
+    def _ask_others(self, view: View) -> None:
+        """The members leave `view` now: tell them, and those who knocked."""
+        self._tell(view, AskView(view.epoch))
         waiting = [m.address for m in self._knocking.values() if not view.has(m.rank, m.incarnation)]
         self._knocking = {}
         self._mailbox.tell(waiting, Invite(view))

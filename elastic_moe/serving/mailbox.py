@@ -69,18 +69,17 @@ class Mailbox:
         self._sender.send(b"")
 
     def tell(self, addresses: Collection[str], message: ToEngine) -> None:
-        """Send to the engines at these addresses. From the step loop's thread only."""
+        """Send to the engines at these addresses. From the step loop's thread only; in `control` use `tell_now`."""
         for address in addresses:
-            if address not in self._peers:
-                peer = self._peers[address] = self._context.socket(zmq.DEALER)
-                peer.setsockopt(zmq.LINGER, 0)
-                peer.connect(address)
-            self._peers[address].send(encode(message))
+            self._sender.send_multipart([address.encode(), encode(message)])
+
+    def tell_now(self, address: str, message: ToEngine) -> None:
+        """The same from the mailbox's own thread."""
+        self._send_to_peer(address, encode(message))
 
     def forget_peers(self, addresses: Collection[str]) -> None:
         """Close the sockets to all engines but these. From the step loop's thread only."""
-        for address in self._peers.keys() - set(addresses):
-            self._peers.pop(address).close()
+        self._sender.send_multipart([b"", *(address.encode() for address in addresses)])
 
     def _serve(self) -> None:
         poller = zmq.Poller()
@@ -92,15 +91,31 @@ class Mailbox:
             if self._router in ready:
                 self._receive(*self._router.recv_multipart())
             if self._outbox in ready:
-                frame = self._outbox.recv()
-                if frame:
-                    self._deliver(frame)
+                frames = self._outbox.recv_multipart()
+                if len(frames) > 1:
+                    self._serve_peers(*frames)
+                elif frames[0]:
+                    self._deliver(frames[0])
                 else:
                     next_status = 0.0
             if time.monotonic() >= next_status:
                 next_status = time.monotonic() + STATUS_EVERY_S
                 self._expire_front_ends()
                 self._broadcast_status()
+
+    def _serve_peers(self, address: bytes, *rest: bytes) -> None:
+        if address:
+            self._send_to_peer(address.decode(), rest[0])
+            return
+        for gone in self._peers.keys() - {other.decode() for other in rest}:
+            self._peers.pop(gone).close()
+
+    def _send_to_peer(self, address: str, frame: bytes) -> None:
+        if address not in self._peers:
+            peer = self._peers[address] = self._context.socket(zmq.DEALER)
+            peer.setsockopt(zmq.LINGER, 0)
+            peer.connect(address)
+        self._peers[address].send(frame)
 
     def _receive(self, sender: bytes, *frames: bytes) -> None:
         try:
