@@ -28,6 +28,7 @@ def main() -> int:
     """Parse, validate, serve."""
     overrides = sys.argv[1:]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [REPO, os.environ.get("PYTHONPATH")]))  # for the children
+    os.environ.setdefault("RUST_LOG", "error")  # torchft tells of every heartbeat
     launch = Launch.from_torchrun(os.environ)
     if "--help" in overrides or "-h" in overrides:
         if launch.rank == 0:
