@@ -19,7 +19,9 @@ from elastic_moe.membership.view import View
 class Group:
     """One process group with a deadline on every call and errors that say what broke off."""
 
-    def __init__(self, backend: dist.ProcessGroupGloo | dist.ProcessGroupNCCL, name: str, epoch: int, timeout_s: float) -> None:
+    def __init__(
+        self, backend: "dist.ProcessGroupGloo | dist.ProcessGroupNCCL", name: str, epoch: int, timeout_s: float
+    ) -> None:
         self._backend = backend
         self._name = name
         self._epoch = epoch
