@@ -34,8 +34,8 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=96)
     args = parser.parse_args()
     console = Console()
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(args.ranks)]
-    command = [*torchrun, "--master-port", "0", "launch/serve.py", "model=demo", "server.port=0", "log_level=warning"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.ranks)]
+    command = [*torchrun, "launch/serve.py", "model=demo", "server.port=0", "log_level=warning"]
     console.print(
         f"[bold]starting {args.ranks} ranks[/]: torchrun --nproc-per-node {args.ranks} launch/serve.py model=demo"
     )
