@@ -9,6 +9,7 @@ first rank of a node, the HTTP front end.
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 REPO = str(Path(__file__).resolve().parent.parent)
@@ -24,8 +25,11 @@ from launch.config import help_text, load
 USAGE = "usage: torchrun [--nnodes N] --nproc-per-node RANKS launch/serve.py [GROUP=OPTION ...] [KEY=VALUE ...]"
 
 
-def serve(config: ServeConfig, launch: Launch) -> int:
-    """Run this rank's children until one ends or a signal comes. Returns the exit code."""
+def serve(config: ServeConfig, launch: Launch, attempt: Path | None) -> int:
+    """Run this rank's children until one ends or a signal comes; `attempt` as from `attempt_folder`.
+
+    Returns the exit code.
+    """
     supervisor = Supervisor()
     front_end = None
     if launch.local_rank == 0:
@@ -49,25 +53,32 @@ def serve(config: ServeConfig, launch: Launch) -> int:
             break
     supervisor.stop()
     if refusal is not None:
-        complain(refusal.reason, launch.local_rank)
+        complain(refusal.reason, attempt)
     elif event.child:
-        complain(f"rank {launch.rank}: the {event.child} ended with code {event.code}", 0)
+        complain(f"rank {launch.rank}: the {event.child} ended with code {event.code}", None)
     return exit_code(event, refusal)
+
+
+def attempt_folder(environ: Mapping[str, str]) -> Path | None:
+    """What this node's processes of this start share: torchrun's folder for their error files. None without torchrun."""
+    error_file = environ.get("TORCHELASTIC_ERROR_FILE")
+    return Path(error_file).parent.parent if error_file else None
 
 
 def main() -> int:
     """Parse, validate, serve."""
     overrides = sys.argv[1:]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [REPO, os.environ.get("PYTHONPATH")]))  # for the children
-    launch = Launch.from_torchrun(os.environ)
-    if "--help" in overrides or "-h" in overrides:
-        if launch.rank == 0:
-            print(help_text(ServeConfig, USAGE))
-        return 0
+    attempt = attempt_folder(os.environ)
     try:
-        return serve(load(ServeConfig, "config", overrides), launch)
+        launch = Launch.from_torchrun(os.environ)
+        if "--help" in overrides or "-h" in overrides:
+            if launch.rank == 0:
+                print(help_text(ServeConfig, USAGE))
+            return 0
+        return serve(load(ServeConfig, "config", overrides), launch, attempt)
     except ValueError as error:
-        complain(str(error), launch.local_rank)
+        complain(str(error), attempt)
         return 2
 
 
