@@ -60,7 +60,7 @@ def serve(config: ServeConfig, launch: Launch, attempt: Path | None) -> int:
 
 
 def attempt_folder(environ: Mapping[str, str]) -> Path | None:
-    """What this node's processes of this start share: torchrun's folder for their error files. None without torchrun."""
+    """What this node's processes of this start share: torchrun's folder for error files. None without torchrun."""
     error_file = environ.get("TORCHELASTIC_ERROR_FILE")
     return Path(error_file).parent.parent if error_file else None
 
