@@ -64,14 +64,25 @@ class ElasticConfig:
     exchange_timeout_s: float = _key(30.0, "deadline of one token exchange between ranks, in seconds")
     start_timeout_s: float = _key(120.0, "how long the ranks wait for each other at start, in seconds")
 
+    grow_slots: bool = _key(True, "add slots on the survivors when a loss leaves fewer than the experts need")
+    hang_timeout_s: float = _key(20.0, "an engine without progress for this long is killed and respawned, in seconds")
+    max_quick_deaths: int = _key(
+        3, "give a rank up after it died this many times in a row within a minute of its start"
+    )
+    lighthouse: str = _key("", "URL[,URL...] of outside lighthouses for membership; empty: one embedded on each node")
+
     def validate(self) -> None:
         """Raise ValueError, naming the key and what is allowed, when a value cannot work."""
         _check(self.redundant_slots >= 0, "elastic.redundant_slots", self.redundant_slots, "must be 0 or more")
         slots = self.slots_per_rank
         _check(slots is None or slots >= 1, "elastic.slots_per_rank", slots, "must be null, or 1 or more")
-        for key in ("exchange_timeout_s", "start_timeout_s"):
+        for key in ("exchange_timeout_s", "start_timeout_s", "hang_timeout_s"):
             ok = 0 < getattr(self, key) < math.inf
             _check(ok, f"elastic.{key}", getattr(self, key), "must be more than 0 seconds, and finite")
+        _check(self.max_quick_deaths >= 1, "elastic.max_quick_deaths", self.max_quick_deaths, "must be 1 or more")
+        urls = [url for url in self.lighthouse.split(",") if url]
+        ok = all(url.startswith("http://") for url in urls)
+        _check(ok, "elastic.lighthouse", self.lighthouse, "must be empty, or http://HOST:PORT[,http://HOST:PORT...]")
 
 
 @dataclass

@@ -17,6 +17,10 @@ class StaleEpoch(ElasticError):
     """A message, group or transfer named an epoch that is no longer the current one."""
 
 
+class TransferFailed(ElasticError):
+    """An expert could be had from no source; the message names layer, expert and each reason."""
+
+
 class NotEnoughSlots(ElasticError, ValueError):
     """The live slots cannot hold every logical expert once."""
 

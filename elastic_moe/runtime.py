@@ -1,39 +1,87 @@
-"""ElasticRuntime: the one object a process builds. It owns the view, its groups, and the placement registry."""
+"""ElasticRuntime: the one object a process builds. It owns the view, its groups, the placement and the experts held."""
 
-from collections.abc import Iterator
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 
+from elastic_moe.control.recovery import Recovery
+from elastic_moe.control.report import Report
+from elastic_moe.errors import PeerLost
 from elastic_moe.exchange.collective import CollectiveExchange
 from elastic_moe.exchange.interface import TokenExchange
+from elastic_moe.experts.slots import SlotExperts
 from elastic_moe.membership.groups import EpochGroups
-from elastic_moe.membership.launch import Launch
-from elastic_moe.membership.rendezvous import Seat, host_of, meet
+from elastic_moe.membership.launch import Launch, host_of
+from elastic_moe.membership.quorum import Membership
+from elastic_moe.membership.rendezvous import Seat, meet
 from elastic_moe.membership.view import View
 from elastic_moe.placement.placement import Placement, fewest_slots, initial_placement
 from elastic_moe.placement.registry import PlacementRegistry
 from elastic_moe.placement.topology import Topology
+from elastic_moe.weights.store import ExpertStore, ReadExpert
+
+log = logging.getLogger("elastic_moe.runtime")
+
+RECOVERY_DEADLINE_S = 60.0
+Result = TypeVar("Result")
 
 
 class ElasticRuntime:
     """One rank's part of the group.
 
-    Build it with `ElasticRuntime.join(...)`, place the experts (`elasticize` does), then run forwards inside
-    `with runtime.step():`. All ranks run the same sequence of collective calls.
+    Build it with `ElasticRuntime.join(...)`, place the experts (`elasticize` does), then run forwards with
+    `runtime.run(forward)`. All ranks run the same sequence of collective calls.
+
+    Attributes:
+        on_rank_lost, on_rank_joined: called with (rank,) after the recovery that found it, on every rank.
+        on_placement_changed: called with (placement,) after every commit but the first.
     """
 
-    def __init__(self, seat: Seat, view: View, device: torch.device, timeout_s: float) -> None:
-        """Build the groups of `view`. Collective over its members; `timeout_s` is the deadline of every exchange."""
+    def __init__(
+        self,
+        seat: Seat,
+        view: View,
+        topology: Topology,
+        device: torch.device,
+        *,
+        exchange_timeout_s: float = 30.0,
+        lighthouses: Sequence[str] = (),
+        grow_slots: bool = True,
+    ) -> None:
+        """`view` is the current one, or, for a process that takes a dead one's seat, the last known.
+
+        A member builds the groups of `view` here, together with all others; a newcomer gets its first ones by
+        `recover`, once it holds what it wants to bring.
+        """
         self.seat = seat
         self.view = view
         self.rank = seat.member.rank
+        self.topology = topology
         self.device = device
-        self.topology = Topology.of_members([(m.rank, m.node) for m in view.members])
-        self.groups = EpochGroups.build(view, self.rank, device, timeout_s)
         self.steps = 0
+        self.on_rank_lost: list[Callable[[int], None]] = []
+        self.on_rank_joined: list[Callable[[int], None]] = []
+        self.on_placement_changed: list[Callable[[Placement], None]] = []
+        self.ask_others: Callable[[View], None] = lambda _view: None
+        """Tells the members of a broken epoch to leave it; gloo's own errors do so more slowly."""
+        self.knock: Callable[[View], None] = lambda _view: None
+        """Tells members that this process waits to be taken in."""
+        self._exchange_timeout_s = exchange_timeout_s
+        self._grow_slots = grow_slots
+        self._membership = Membership(seat.member, lighthouses or view.lighthouses)
+        self._lock = threading.Lock()
+        self._left = -1
+        self._groups: EpochGroups | None = None
         self._registry: PlacementRegistry | None = None
         self._exchange: TokenExchange | None = None
+        self._store: ExpertStore | None = None
+        if view.has(self.rank, seat.member.incarnation):
+            self._groups = EpochGroups.build(view, self.rank, device, exchange_timeout_s)
+            self._membership.start()
 
     @classmethod
     def join(
@@ -42,8 +90,9 @@ class ElasticRuntime:
         *,
         device: torch.device,
         address: str = "",
+        lighthouse: str = "",
         start_timeout_s: float = 120.0,
-        exchange_timeout_s: float = 30.0,
+        **settings: Any,
     ) -> "ElasticRuntime":
         """Meet the other ranks of the launch and build the first epoch's groups. Collective.
 
@@ -51,14 +100,16 @@ class ElasticRuntime:
             launch: this process's place, `Launch.from_torchrun(os.environ)`.
             device: where experts and tokens live: cpu (gloo) or a CUDA device (NCCL).
             address: endpoint of this process's message socket, for processes that serve requests.
+            lighthouse: URL of the lighthouse beside this process, if it is to be announced to the others.
             start_timeout_s: how long to wait for the others, in seconds.
-            exchange_timeout_s: deadline of each exchange, in seconds.
+            **settings: see the constructor.
 
         Raises:
             PeerLost: a rank did not come in time.
         """
-        seat = Seat(launch, host_of(launch), address)
-        return cls(seat, meet(launch, seat.member, start_timeout_s), device, exchange_timeout_s)
+        seat = Seat(launch, host_of(launch), address, lighthouse)
+        view = meet(launch, seat.member, start_timeout_s)
+        return cls(seat, view, topology_of(launch), device, **settings)
 
     @property
     def epoch(self) -> int:
@@ -66,23 +117,31 @@ class ElasticRuntime:
         return self.view.epoch
 
     @property
+    def groups(self) -> EpochGroups:
+        """The current epoch's groups; PeerLost for a newcomer that has none yet."""
+        if self._groups is None:
+            raise PeerLost("this process is not a member yet")
+        return self._groups
+
+    @property
     def registry(self) -> PlacementRegistry:
         """The committed placement; RuntimeError before `place`."""
-        if self._registry is None:
-            raise RuntimeError("no experts are placed yet: call runtime.place or elasticize first")
-        return self._registry
+        return _placed(self._registry)
 
     @property
     def exchange(self) -> TokenExchange:
         """The way tokens travel in this epoch; RuntimeError before `place`."""
-        if self._exchange is None:
-            raise RuntimeError("no experts are placed yet: call runtime.place or elasticize first")
-        return self._exchange
+        return _placed(self._exchange)
+
+    @property
+    def store(self) -> ExpertStore:
+        """The experts held here; RuntimeError before `hold`."""
+        return _placed(self._store)
 
     def place(
         self, num_layers: int, num_experts: int, *, slots_per_rank: int | None = None, redundant_slots: int = 0
     ) -> Placement:
-        """Commit the initial placement of L layers x E experts over this view's ranks.
+        """Commit the initial placement of L layers x E experts over all seats.
 
         `slots_per_rank` S is ceil(E / R) + `redundant_slots` unless given. Every rank computes the same. Spare slots
         hold replicas if any were asked for (by either argument); the remainder of E / R alone makes none.
@@ -92,11 +151,23 @@ class ElasticRuntime:
         """
         replicate = slots_per_rank is not None or redundant_slots > 0
         if slots_per_rank is None:
-            slots_per_rank = fewest_slots(num_experts, len(self.view.members)) + redundant_slots
+            slots_per_rank = fewest_slots(num_experts, self.topology.num_ranks) + redundant_slots
         placement = initial_placement(num_layers, num_experts, self.topology, slots_per_rank, replicate=replicate)
         self._registry = PlacementRegistry(placement, self.rank, self.topology, self.device)
-        self._exchange = CollectiveExchange(self.groups.data, self.view.ranks, slots_per_rank)
+        self._use_groups()
         return placement
+
+    def hold(self, layers: Sequence[SlotExperts], read: ReadExpert | None = None) -> None:
+        """Take the experts of this rank, loaded as the placement says, in order to move and restore them later.
+
+        Args:
+            layers: of all MoE layers, in the placement's order.
+            read: where an expert comes from that no live rank holds (the checkpoint).
+        """
+        self._store = ExpertStore(layers, self.registry.placement.of_rank(self.rank), read)
+        self._store.record_digests()
+        if self._groups is not None:
+            self._store.digests = self.groups.control.all_reduce_max_array(self._store.digests)
 
     def agree(self, *flags: int) -> list[int]:
         """The largest value of each flag over all ranks. Collective; every rank gives as many flags.
@@ -112,6 +183,116 @@ class ElasticRuntime:
         yield
         self.steps += 1
 
+    def run(self, forward: Callable[[], Result]) -> Result:
+        """Run a forward to its end in one epoch: when a rank is lost inside, recover and run it again.
+
+        `forward` must be repeatable (a KV cache is: the same entries are written again). What the other ranks
+        repeat need not match, only the sequence of MoE layer calls must.
+
+        Raises:
+            NotEnoughSlots, TransferFailed: the experts cannot be restored.
+            PeerLost: no agreement within a minute.
+        """
+        while True:
+            try:
+                with self.step():
+                    return forward()
+            except PeerLost as error:
+                self.recover(str(error))
+
+    @property
+    def epoch_is_over(self) -> bool:
+        """Whether the current epoch was left and `recover` has to be called; its next collective would say so too."""
+        return self._left == self.view.epoch
+
+    def leave_epoch(self, epoch: int) -> bool:
+        """Abort the groups of `epoch` and ask for the next view, if it is the current one. From any thread.
+
+        Whoever waits in a call of that epoch gets PeerLost at once, whichever peer it waits for.
+        """
+        with self._lock:
+            if epoch != self.view.epoch or self._groups is None:
+                return False
+            self._left = epoch
+            self._groups.abort()
+        self._membership.request_view(epoch)
+        return True
+
+    def peer_died(self, rank: int, incarnation: str) -> None:
+        """The supervisor of this process says that it ended: leave the epoch if it was a member. From any thread."""
+        self._membership.gone(rank, incarnation)
+        view = self.view
+        if view.has(rank, incarnation):
+            self.leave_epoch(view.epoch)
+
+    def invited(self, view: View) -> None:
+        """The members of `view` take this process in now (it had knocked). From any thread."""
+        self._membership.invite(view)
+
+    def recover(self, reason: str) -> Report:
+        """Leave the current epoch and come back in the next: view, groups, repair, vote, commit. Collective in effect.
+
+        Raises:
+            NotEnoughSlots, TransferFailed: the experts cannot be restored (now).
+            PeerLost: no agreement within a minute.
+        """
+        log.info("leaving epoch %d: %s", self.epoch, reason)
+        if self.leave_epoch(self.epoch):
+            self.ask_others(self.view)
+            self._groups = self._exchange = None  # closes the sockets: peers that nobody told notice by that
+        recovery = Recovery(
+            self.seat.member,
+            self._membership,
+            self.topology,
+            self.store,
+            self.device,
+            exchange_timeout_s=self._exchange_timeout_s,
+            grow_slots=self._grow_slots,
+            knock=self.knock,
+            on_groups=self._enter_epoch,
+        )
+        placement, report = recovery.run(self.view, self.registry.placement.version, reason, RECOVERY_DEADLINE_S)
+        self.registry.commit(placement)
+        self._use_groups()
+        log.info("recovered: %s", report)
+        self._call_hooks(report, placement)
+        return report
+
     def close(self) -> None:
-        """Abort the groups. Peers still inside a call get `PeerLost`."""
-        self.groups.abort()
+        """Leave for good. Peers still inside a call get `PeerLost`."""
+        self._membership.close()
+        if self._groups is not None:
+            self._groups.abort()
+
+    def _enter_epoch(self, view: View, groups: EpochGroups) -> None:
+        with self._lock:
+            if self._groups is not None:
+                self._groups.abort()
+            self.view, self._groups = view, groups
+
+    def _use_groups(self) -> None:
+        if self._groups is not None:
+            slots_per_rank = self.registry.placement.slots_per_rank
+            self._exchange = CollectiveExchange(self._groups.data, self._groups.ranks, slots_per_rank)
+
+    def _call_hooks(self, report: Report, placement: Placement) -> None:
+        for ranks, hooks in ((report.lost, self.on_rank_lost), (report.joined, self.on_rank_joined)):
+            for rank in ranks:
+                for hook in hooks:
+                    hook(rank)
+        for hook in self.on_placement_changed:
+            hook(placement)
+
+
+def topology_of(launch: Launch) -> Topology:
+    """The seats of a launch: torchrun deals its ranks in order, the same number to each node."""
+    return Topology.uniform(launch.world_size, launch.local_world_size)
+
+
+Owned = TypeVar("Owned")
+
+
+def _placed(thing: Owned | None) -> Owned:
+    if thing is None:
+        raise RuntimeError("no experts are placed yet: call runtime.place or elasticize first")
+    return thing

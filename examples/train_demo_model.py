@@ -1,7 +1,7 @@
 """Make the demo model: a 7M-parameter Qwen3-MoE language model trained on three Debian documentation packages.
 
-    python examples/train_demo_model.py --prepare            # packages -> clean text -> tokenizer and token files
-    python examples/train_demo_model.py --train --minutes 5  # token files -> bf16 checkpoint (one GPU, or --device cpu)
+    python examples/train_demo_model.py --prepare  # packages -> clean text -> tokenizer and token files
+    python examples/train_demo_model.py --train    # token files -> bf16 checkpoint (one GPU, or --device cpu)
 
 `--prepare` needs an amd64 Debian 12 machine with network (`apt-get download`; nothing is installed); `--train` neither.
 """
@@ -34,8 +34,6 @@ LAYERS = {"decoder_sparse_step": 1, "mlp_only_layers": [], "tie_word_embeddings"
 PACKAGES = ("python3.11-doc", "bible-kjv-text", "bible-kjv", "debian-handbook")  # bible-kjv: reads bible-kjv-text
 REPEATS = {"python": 1, "bible": 1, "debian": 2}  # how often a training document occurs in train.bin
 WARMUP = 200  # steps
-LOOP_SHARE = 1 / 8  # positions of the loop loss per position of text
-LOOP_COST = 1.25  # mean time of a step over that of a step of the first half, which has no loop loss
 HOLDOUT = slice(10, None, 50)  # of each domain's documents in order: 2%, kept for validation
 SKIPPED_PAGES = re.compile(r"/(contents|genindex.*|py-modindex|search|download|index|changelog)\.html$")
 VOID_TAGS = frozenset({"area", "base", "br", "col", "hr", "img", "input", "link", "meta", "wbr", "path"})
@@ -292,20 +290,6 @@ def validate(model: Qwen3MoeForCausalLM, data: Path, length: int) -> dict[str, d
     return losses
 
 
-def loop_loss(model: Qwen3MoeForCausalLM, train: torch.Tensor, rows: int, length: int) -> torch.Tensor:
-    """DITTO loss (arXiv 2206.02369), against greedy loops.
-
-    A span of 1 to 64 training tokens is repeated to `length`; each round should be half as likely as the one before.
-    """
-    span = int(2 ** (6 * torch.rand(()).item()))
-    loops = sample_windows(train, rows, span - 1).repeat(1, length // span + 2)[:, : length + 1]
-    hidden = model.model(input_ids=loops[:, :-1], use_cache=False).last_hidden_state
-    log_probs = model.lm_head(hidden).float().log_softmax(-1)
-    probs = log_probs.gather(-1, loops[:, 1:, None]).squeeze(-1).exp()
-    excess = (probs[:, span:] - 0.5 * probs[:, :-span].detach()).abs()
-    return -(1 - excess).clamp(min=1e-4).log().mean()
-
-
 def sample_windows(train: torch.Tensor, rows: int, length: int) -> torch.Tensor:
     """`rows` windows of `length` + 1 tokens at random places, (rows, length + 1)."""
     starts = torch.randint(len(train) - length - 1, (rows, 1), device=train.device)
@@ -323,32 +307,19 @@ def train(args: argparse.Namespace) -> None:
     model = AutoModelForCausalLM.from_config(config, experts_implementation=experts).to(args.device).train()
     add_dropout(model, args.dropout)
     optimizer = MasterAdamW(model, torch.bfloat16 if on_gpu else torch.float32, args.lr)
-    num_steps, positions, log, timed_from, step = args.steps or 1_000_000, 0, [], 0.0, 0
-    while step < num_steps:
-        if step in (10, 40) and not args.steps:  # time 30 steps, then fix how many fill the minutes
-            if on_gpu:
-                torch.cuda.synchronize()
-            now = time.monotonic()
-            if step == 40:
-                left_s = args.minutes * 60 - (now - started)
-                num_steps = step + max(1, int(0.97 * left_s / (LOOP_COST * (now - timed_from) / 30)))
-                print(f"{(now - timed_from) / 30:.4f} s a step, {num_steps} steps", flush=True)
-            timed_from = now
+    positions, log = 0, []
+    for step in range(args.steps):
         length = args.length * (2 if step % 4 == 0 else 1)  # a quarter of the steps trains the far positions
         batch = sample_windows(tokens, max(1, args.batch_tokens // length), length)
         entropy, balance = token_loss(model, batch)
-        loss = entropy + model.config.router_aux_loss_coef * balance
-        if step > num_steps // 2:  # the second half also learns to leave loops
-            rows = max(1, int(args.batch_tokens * LOOP_SHARE) // args.length)
-            loss = loss + args.loop_weight * loop_loss(model, tokens, rows, args.length)
-        loss.backward()
-        cosine = math.cos(math.pi * min(1.0, max(0, step - WARMUP) / max(1, num_steps - WARMUP)))
+        (entropy + model.config.router_aux_loss_coef * balance).backward()
+        cosine = math.cos(math.pi * max(0, step - WARMUP) / max(1, args.steps - WARMUP))
         optimizer.step(min(1.0, (step + 1) / WARMUP) * (0.505 + 0.495 * cosine))
         positions += batch[:, 1:].numel()
-        step += 1
-        if step == num_steps or step % max(100, num_steps // 10) == 0:
+        done = step + 1
+        if done == args.steps or done % max(100, args.steps // 10) == 0:
             val = validate(model, args.data, args.length)
-            row = {"step": step, "positions": positions, "seconds": round(time.monotonic() - started, 1)}
+            row = {"step": done, "positions": positions, "seconds": round(time.monotonic() - started, 1)}
             row |= {"train": round(entropy.item(), 4), "balance": round(balance.item(), 4)}
             log.append(row | {domain: part["loss"] for domain, part in val.items()})
             print(json.dumps(log[-1]), flush=True)
@@ -379,13 +350,11 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path(".demo_data"), help="tokenizer and token files")
     parser.add_argument("--out", type=Path, default=Path(".demo_data/model"), help="checkpoint folder")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--minutes", type=float, default=5.7, help="time for --train; sets the number of steps")
-    parser.add_argument("--steps", type=int, default=0, help="number of steps, instead of --minutes")
+    parser.add_argument("--steps", type=int, default=2135)
     parser.add_argument("--batch-tokens", type=int, default=32768 if torch.cuda.is_available() else 2048, help="a step")
     parser.add_argument("--length", type=int, default=512, help="window length; every fourth step has twice that")
     parser.add_argument("--lr", type=float, default=4e-3)
-    parser.add_argument("--dropout", type=float, default=0.15)
-    parser.add_argument("--loop-weight", type=float, default=1.0, help="weight of the loss against greedy loops")
+    parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if not (args.prepare or args.train):

@@ -35,6 +35,15 @@ class SlotExperts(nn.Module):
         """D."""
         return getattr(self, self._first).shape[1 if self.template.is_transposed else 2]
 
+    def grow(self, num_slots: int) -> None:
+        """Have `num_slots` slots, at new addresses; the old ones keep their place and content, the new hold zeros."""
+        for name in self.layout.names:
+            old = getattr(self, name)
+            new = old.new_zeros((num_slots, *old.shape[1:]))
+            new[: self.num_slots].copy_(old.detach())
+            setattr(self, name, nn.Parameter(new, requires_grad=old.requires_grad))
+        self.num_slots = num_slots
+
     def slot_tensors(self, slot: int) -> Sequence[torch.Tensor]:
         """Views of the tensors of one slot, in the order of `layout.names`."""
         return [getattr(self, name).detach()[slot] for name in self.layout.names]

@@ -35,7 +35,7 @@ def find_experts(model: nn.Module) -> dict[str, nn.Module]:
     }
     if not found:
         raise ValueError(f"{type(model).__name__} has no experts module that transformers (>= 5) can dispatch to")
-    sizes = {module.num_experts for module in found.values()}
+    sizes = {int(getattr(module, "num_experts")) for module in found.values()}  # noqa: B009
     if len(sizes) > 1:
         raise ValueError(f"the MoE layers have different numbers of experts {sorted(sizes)}; one number is supported")
     return found
@@ -62,7 +62,7 @@ def elasticize(
     """Replace the experts modules of `model`, in place, by `ElasticMoELayer`s and load this rank's slots.
 
     With `checkpoint`, `model` is on the meta device (`meta_model`): dense weights are read whole, experts one at a
-    time into their slots and nowhere else. Without, `model` holds all its weights and each rank keeps its share.
+    time into their slots and nowhere else; the files stay open (mapped), the last source of a lost expert. Without, `model` holds all its weights and each rank keeps its share.
 
     Args:
         model: a transformers MoE model whose blocks call `experts(hidden_states, top_k_index, top_k_weights)`.
@@ -88,14 +88,15 @@ def elasticize(
     first = next(iter(layouts.values()))
     runtime.place(len(experts), first.num_experts, slots_per_rank=slots_per_rank, redundant_slots=redundant_slots)
     if checkpoint is not None:
-        with CheckpointReader(checkpoint, model, layouts) as reader:
-            return _load(model, runtime, experts, reader, progress)
+        return _load(model, runtime, experts, CheckpointReader(checkpoint, model, layouts), progress)
     sources = {name: [getattr(module, key).detach() for key in layouts[name].names] for name, module in experts.items()}
-    for name, slots in _swap(model, runtime, experts).items():
-        for slot, expert in _own_slots(runtime, slots):
-            for ours, source in zip(slots.experts.slot_tensors(slot), sources[name], strict=True):
+    layers = _swap(model, runtime, experts)
+    for name, layer in layers.items():
+        for slot, expert in _own_slots(runtime, layer):
+            for ours, source in zip(layer.experts.slot_tensors(slot), sources[name], strict=True):
                 ours.copy_(source[expert])
-    return model.to(runtime.device)
+    runtime.hold([layer.experts for layer in layers.values()])
+    return model.to(device=runtime.device)
 
 
 def _swap(model: PreTrainedModel, runtime: ElasticRuntime, experts: dict[str, nn.Module]) -> dict[str, ElasticMoELayer]:
@@ -103,7 +104,7 @@ def _swap(model: PreTrainedModel, runtime: ElasticRuntime, experts: dict[str, nn
     layers: dict[str, ElasticMoELayer] = {}
     num_slots = runtime.registry.placement.slots_per_rank
     for number, (name, module) in enumerate(experts.items()):
-        module._is_hf_initialized = True  # it has no tensors left for transformers to initialise
+        setattr(module, "_is_hf_initialized", True)  # noqa: B010 - it has no tensors left for transformers to initialise
         slots = SlotExperts(module, ExpertLayout.of_module(module), num_slots, runtime.device)
         layers[name] = ElasticMoELayer(number, slots, runtime)
         model.set_submodule(name, layers[name])
@@ -131,12 +132,18 @@ def _load(
         set_tensor(model, name, tensor)
         if progress:
             progress(reader.bytes_read, total)
-    for name, layer in _swap(model, runtime, experts).items():
+    layers = _swap(model, runtime, experts)
+    for name, layer in layers.items():
         for slot, expert in _own_slots(runtime, layer):
             reader.read_expert(name, expert, layer.experts.slot_tensors(slot))
             if progress:
                 progress(reader.bytes_read, total)
     materialize(model, runtime.device, reader.missing)
+    names = list(experts)
+    runtime.hold(
+        [layer.experts for layer in layers.values()],
+        read=lambda layer, expert, out: reader.read_expert(names[layer], expert, out),
+    )
     return model.eval()
 
 

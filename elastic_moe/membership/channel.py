@@ -19,6 +19,10 @@ class EngineStart(msgspec.Struct, tag="engine", frozen=True):
 
     config: ServeConfig
     launch: Launch
+    lighthouse: str = ""
+    """URL of the lighthouse on this node, for the rank that announces it."""
+    rejoin: View | None = None
+    """The last view known, for a process that takes the seat of a dead one; None at the first start."""
 
 
 class FrontEndStart(msgspec.Struct, tag="front_end", frozen=True):
@@ -26,6 +30,16 @@ class FrontEndStart(msgspec.Struct, tag="front_end", frozen=True):
 
     config: ServeConfig
     node: int
+
+
+class Beat(msgspec.Struct, tag="beat", frozen=True):
+    """Engine -> supervisor, about twice a second: alive. `progress` rises with every bit of work done.
+
+    `working` is False while the engine legitimately waits: asleep, or for a peer inside a call with a deadline.
+    """
+
+    progress: int
+    working: bool
 
 
 class ViewChanged(msgspec.Struct, tag="view", frozen=True):
@@ -47,7 +61,7 @@ class Refused(msgspec.Struct, tag="refused", frozen=True):
 
 
 ToChild = EngineStart | FrontEndStart | ViewChanged
-ToSupervisor = Ready | Refused | ViewChanged
+ToSupervisor = Ready | Refused | ViewChanged | Beat
 
 Incoming = TypeVar("Incoming")
 

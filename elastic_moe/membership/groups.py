@@ -4,30 +4,40 @@ They are plain `ProcessGroup` objects, not torch.distributed's global state: an 
 and built anew at any time, and a user's own `init_process_group` is left alone.
 """
 
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from elastic_moe.errors import PeerLost
 from elastic_moe.membership.view import View
 
+Parcel = tuple[torch.Tensor, int, int]
+BUILD_TIMEOUT_S = 3.0
+"""How long members of a new view wait for each other; they have all just asked for it."""
+
+ABORT_AGAIN_S = 0.005
+
 
 class Group:
     """One process group with a deadline on every call and errors that say what broke off."""
 
-    def __init__(
-        self, backend: "dist.ProcessGroupGloo | dist.ProcessGroupNCCL", name: str, epoch: int, timeout_s: float
-    ) -> None:
+    def __init__(self, backend: Any, name: str, epoch: int, timeout_s: float) -> None:
         self._backend = backend
         self._name = name
         self._epoch = epoch
         self._timeout_s = timeout_s
         self.rank = backend.rank()
         self.size = backend.size()
+        self.waiting = False
+        """Whether a call is in flight: the rank waits for its peers, with a deadline."""
+        self._aborted = False
 
     def all_to_all(
         self,
@@ -56,9 +66,34 @@ class Group:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.int64)
         options = dist.AllreduceOptions()
-        options.reduceOp = dist.ReduceOp.MAX
+        options.reduceOp = dist.ReduceOp.MAX  # pyright: ignore[reportAttributeAccessIssue]
         self._wait("all_reduce", lambda: self._backend.allreduce([tensor], options))
         return tensor.tolist()
+
+    def all_reduce_max_array(self, values: np.ndarray) -> np.ndarray:
+        """The largest value at each place of an int64 array of the same shape everywhere.
+
+        Raises:
+            PeerLost: a peer died, left, or missed the deadline.
+        """
+        return np.array(self.all_reduce_max(values.ravel().tolist()), dtype=np.int64).reshape(values.shape)
+
+    def exchange(self, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> None:
+        """Send and receive tensors point to point, all at once: (tensor, group rank, tag), contiguous tensors.
+
+        Parcels of one pair and tag arrive in the order they were given.
+
+        Raises:
+            PeerLost: a peer died, left, or missed the deadline.
+        """
+        if sends or receives:
+            self._wait(
+                "exchange",
+                lambda: _All(
+                    [self._backend.send([tensor], peer, tag) for tensor, peer, tag in sends]
+                    + [self._backend.recv([tensor], peer, tag) for tensor, peer, tag in receives]
+                ),
+            )
 
     def barrier(self) -> None:
         """Wait for all ranks.
@@ -69,12 +104,31 @@ class Group:
         self.all_reduce_max([0])
 
     def abort(self) -> None:
-        """Break off every call in flight, here and (by the closed sockets) at the peers. From any thread."""
-        self._backend.abort()
+        """Break off the call in flight and refuse every later one. From any thread.
 
-    def _wait(self, op: str, start: Callable[[], dist.Work]) -> None:
+        gloo's abort frees only who waits at this very moment, and a call may be just about to wait: so it is repeated
+        until the caller is out.
+        """
+        if self._aborted:
+            return
+        self._aborted = True
+        if self.waiting:
+            threading.Thread(target=self._abort_until_free, name="abort", daemon=True).start()
+
+    def _abort_until_free(self) -> None:
+        while self.waiting:
+            self._backend.abort()
+            time.sleep(ABORT_AGAIN_S)
+
+    def _refuse_if_aborted(self) -> None:
+        if self._aborted:
+            raise RuntimeError("this rank has left the group")
+
+    def _wait(self, op: str, start: "Callable[[], dist.Work | _All]") -> None:
         begin = time.monotonic()
+        self.waiting = True
         try:
+            self._refuse_if_aborted()
             start().wait()
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
@@ -82,6 +136,19 @@ class Group:
                 f"{op} on group {self._name} of epoch {self._epoch} broke off on group rank {self.rank} of {self.size} "
                 f"after {time.monotonic() - begin:.3f} s (deadline {self._timeout_s} s): {reason}"
             ) from error
+        finally:
+            self.waiting = False
+
+
+class _All:
+    """Several works as one."""
+
+    def __init__(self, works: list[dist.Work]) -> None:
+        self._works = works
+
+    def wait(self) -> None:
+        for work in self._works:
+            work.wait()
 
 
 @dataclass(frozen=True)
@@ -101,40 +168,48 @@ class EpochGroups:
             view: the agreed members.
             rank: EP rank of this process.
             device: cpu (gloo) or a CUDA device (NCCL) for the data group.
-            timeout_s: deadline of building and of every later call, in seconds.
+            timeout_s: deadline of every later call, in seconds; building has `BUILD_TIMEOUT_S`.
 
         Raises:
             PeerLost: a member did not come in time.
         """
-        me, size = view.group_rank(rank), len(view.members)
         host, port = view.members[0].store.rsplit(":", 1)
-        timeout = timedelta(seconds=timeout_s)
-
-        def gloo(name: str, store: dist.Store) -> Group:
-            options = dist.ProcessGroupGloo._Options()
-            options._timeout = timeout
-            options._devices = [dist.ProcessGroupGloo.create_device(hostname=view.member(rank).host)]
-            return Group(
-                dist.ProcessGroupGloo(dist.PrefixStore(name, store), me, size, options), name, view.epoch, timeout_s
-            )
-
-        def nccl(name: str, store: dist.Store) -> Group:
-            options = dist.ProcessGroupNCCL.Options()
-            options._timeout = timeout
-            backend = dist.ProcessGroupNCCL(dist.PrefixStore(name, store), me, size, options)
-            return Group(backend, name, view.epoch, timeout_s)
-
+        limit = timedelta(seconds=BUILD_TIMEOUT_S)
         try:
-            store = dist.TCPStore(host, int(port), is_master=False, timeout=timeout)
-            prefix = dist.PrefixStore(f"elastic_moe/{view.epoch}", store)
-            data = gloo if device.type == "cpu" else nccl
-            return cls(view.epoch, view.ranks, gloo("control", prefix), data("data", prefix))
+            store = dist.TCPStore(host, int(port), is_master=False, timeout=limit)
+            prefix = dist.PrefixStore(f"elastic_moe/{view.epoch}/{view.digest}", store)
+            control = _gloo(dist.PrefixStore("control", prefix), view, rank)
+            data = _gloo if device.type == "cpu" else _nccl
+            backends = {"control": control, "data": data(dist.PrefixStore("data", prefix), view, rank)}
         except RuntimeError as error:
             raise PeerLost(
-                f"groups of epoch {view.epoch} (ranks {list(view.ranks)}) were not built within {timeout_s} s"
+                f"groups of epoch {view.epoch} (ranks {list(view.ranks)}) were not built within {BUILD_TIMEOUT_S} s"
             ) from error
+        groups = {}
+        for name, backend in backends.items():
+            backend._set_default_timeout(timedelta(seconds=timeout_s))
+            groups[name] = Group(backend, name, view.epoch, timeout_s)
+        return cls(view.epoch, view.ranks, **groups)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a call is in flight in either group."""
+        return self.control.waiting or self.data.waiting
 
     def abort(self) -> None:
         """Abort both groups; whoever waits in them gets `PeerLost`. Safe to call twice and from any thread."""
         self.control.abort()
         self.data.abort()
+
+
+def _gloo(store: dist.Store, view: View, rank: int) -> Any:
+    options = dist.ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue]
+    options._timeout = timedelta(seconds=BUILD_TIMEOUT_S)
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=view.member(rank).host)]
+    return dist.ProcessGroupGloo(store, view.group_rank(rank), len(view.members), options)
+
+
+def _nccl(store: dist.Store, view: View, rank: int) -> Any:
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timedelta(seconds=BUILD_TIMEOUT_S)
+    return dist.ProcessGroupNCCL(store, view.group_rank(rank), len(view.members), options)

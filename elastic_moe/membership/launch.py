@@ -1,5 +1,6 @@
 """What torchrun tells a process about its place in the launch."""
 
+import socket
 from collections.abc import Mapping
 
 import msgspec
@@ -44,3 +45,18 @@ class Launch(msgspec.Struct, frozen=True):
             )
         except KeyError as missing:
             raise ValueError(f"RANK is set but {missing} is not: start with torchrun, or with neither") from None
+
+
+def host_of(launch: Launch) -> str:
+    """The address under which the peers of this launch reach this host."""
+    return reachable_host(launch.store.rpartition(":")[0]) if launch.store else "127.0.0.1"
+
+
+def reachable_host(peer: str) -> str:
+    """This host's address on the way to `peer` (no packet is sent); loopback stays loopback."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((peer, 9))
+        except OSError:
+            return "127.0.0.1"
+        return probe.getsockname()[0]

@@ -1,7 +1,6 @@
 """How the ranks of one launch find each other: every member writes its record into torchrun's store."""
 
 import os
-import socket
 import uuid
 from datetime import timedelta
 
@@ -13,21 +12,12 @@ from elastic_moe.membership.launch import Launch
 from elastic_moe.membership.view import Member, View
 
 
-def reachable_host(peer: str) -> str:
-    """This host's address on the way to `peer` (no packet is sent); loopback stays loopback."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((peer, 9))
-        except OSError:
-            return "127.0.0.1"
-        return probe.getsockname()[0]
-
-
 class Seat:
     """This process as it enters the group: its `member` record, and the TCPStore it offers for building groups."""
 
-    def __init__(self, launch: Launch, host: str = "127.0.0.1", address: str = "") -> None:
-        """`host` is this host's address for its peers, `address` the engine's message endpoint (if it has one)."""
+    def __init__(self, launch: Launch, host: str = "127.0.0.1", address: str = "", lighthouse: str = "") -> None:
+        """`host` is this host's address for its peers, `address` the engine's message endpoint (if it has one),
+        `lighthouse` the URL of the one beside it (if there is one)."""
         self.store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
         self.member = Member(
             rank=launch.rank,
@@ -37,12 +27,8 @@ class Seat:
             host=host,
             address=address,
             store=f"{host}:{self.store.port}",
+            lighthouse=lighthouse,
         )
-
-
-def host_of(launch: Launch) -> str:
-    """The address under which the peers of this launch reach this host."""
-    return reachable_host(launch.store.rpartition(":")[0]) if launch.store else "127.0.0.1"
 
 
 def meet(launch: Launch, me: Member, timeout_s: float) -> View:

@@ -1,7 +1,6 @@
 """The supervisor: the process torchrun starts, and the one that must not die.
 
-It is small, loads no torch, and does three things: start its children, pass words between them, and end them all
-when one ends or when it is told to.
+It is small and loads no torch. Here are its parts: a child with a channel, and the events of all children.
 """
 
 import contextlib
@@ -17,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from elastic_moe.membership.channel import Refused, channel_pair
+from elastic_moe.membership.channel import channel_pair
 
 STOP_GRACE_S = 4.0
 """How long children may take to end after SIGTERM before they are killed."""
@@ -67,6 +66,16 @@ class Child:
             events.put(Event(self.name, message=message))
         events.put(Event(self.name, code=self._process.wait()))
 
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    def kill(self) -> None:
+        """Kill it now; its end comes as an event."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+
     def terminate(self) -> None:
         """Ask it to end."""
         with contextlib.suppress(ProcessLookupError):
@@ -83,7 +92,7 @@ class Child:
 
 
 class Supervisor:
-    """Runs children until one ends or a signal comes; then stops the others in the order they were started last."""
+    """Starts, watches and ends children; signals arrive as events."""
 
     def __init__(self) -> None:
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
@@ -92,13 +101,16 @@ class Supervisor:
             signal.signal(number, lambda got, _frame: self.events.put(Event("", code=got)))
 
     def start(self, name: str, command: Sequence[str], pass_fds: Sequence[int] = ()) -> Child:
-        """Start a child; see `Child`."""
+        """Start a child, or start it again; see `Child`."""
         child = self.children[name] = Child(name, command, self.events, pass_fds)
         return child
 
-    def next_event(self) -> Event:
-        """Wait for the next event."""
-        return self.events.get()
+    def next_event(self, timeout_s: float) -> Event | None:
+        """Wait for the next event; None when there is none in time."""
+        try:
+            return self.events.get(timeout=timeout_s)
+        except queue.Empty:
+            return None
 
     def stop(self) -> None:
         """End all children: SIGTERM, `STOP_GRACE_S` seconds, SIGKILL."""
@@ -107,15 +119,6 @@ class Supervisor:
             child.terminate()
         for child in self.children.values():
             child.end(deadline)
-
-
-def exit_code(event: Event, refusal: Refused | None) -> int:
-    """The supervisor's own exit code: 0 for a signal, 2 for a user's mistake, else 1 (a child's 0 stays 0)."""
-    if not event.child:
-        return 0
-    if refusal is not None:
-        return 2
-    return 0 if event.code == 0 else 1
 
 
 def complain(line: str, folder: Path | None) -> None:

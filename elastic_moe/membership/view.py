@@ -1,5 +1,6 @@
 """Who is in the group: `Member` is one process in one seat, `View` the members all have agreed on."""
 
+import hashlib
 from itertools import pairwise
 
 import msgspec
@@ -21,6 +22,8 @@ class Member(msgspec.Struct, frozen=True):
     """ZMQ endpoint of the engine's message socket, for example `tcp://127.0.0.1:40123`."""
     store: str
     """`host:port` of the TCPStore this member offers for building groups."""
+    lighthouse: str = ""
+    """URL of the lighthouse that runs beside this member, if one does."""
 
 
 class View(msgspec.Struct, frozen=True):
@@ -38,6 +41,20 @@ class View(msgspec.Struct, frozen=True):
     def ranks(self) -> tuple[int, ...]:
         """EP ranks of the members, rising."""
         return tuple(m.rank for m in self.members)
+
+    @property
+    def digest(self) -> str:
+        """Names these very processes: two views with the same epoch number differ in it."""
+        return hashlib.sha256("".join(m.incarnation for m in self.members).encode()).hexdigest()[:12]
+
+    @property
+    def lighthouses(self) -> list[str]:
+        """URLs of the members' lighthouses, by rank: the first that answers is used."""
+        return [m.lighthouse for m in self.members if m.lighthouse]
+
+    def has(self, rank: int, incarnation: str) -> bool:
+        """Whether this very process is a member."""
+        return any((m.rank, m.incarnation) == (rank, incarnation) for m in self.members)
 
     def group_rank(self, rank: int) -> int:
         """Position of EP rank `rank` in this view's groups.

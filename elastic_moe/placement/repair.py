@@ -78,7 +78,7 @@ def repair(
         topology: the node of each of the R seats.
         version: version of the new placement.
         epoch: epoch of the new placement.
-        loads: [L, E], tokens per expert in any unit; None means that all are equal.
+        loads: [L, E], tokens per expert in any unit, the same numbers on every rank; None means that all are equal.
 
     Raises:
         NotEnoughSlots: the live ranks have fewer slots than E; the message says how many would do.

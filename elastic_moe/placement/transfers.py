@@ -110,14 +110,10 @@ def plan_transfers(held: np.ndarray, new: Placement, alive: Collection[int], top
     moves = []
     for layer, target, expert in zip(layers.tolist(), targets.tolist(), experts.tolist(), strict=True):
         rank = target // new.slots_per_rank
-
-        def cost(source: int, rank: int = rank) -> tuple[int, int, int]:
-            giver = source // new.slots_per_rank
-            return _distance(giver, rank, topology), num_sends[giver], source
-
-        source = min(holders.get((layer, expert), ()), key=cost, default=OUTSIDE)
-        giver = source // new.slots_per_rank
-        num_sends[giver] += giver != rank
+        owned = [(slot // new.slots_per_rank, slot) for slot in holders.get((layer, expert), ())]
+        choices = [(_distance(owner, rank, topology), num_sends[owner], owner, slot) for owner, slot in owned]
+        distance, _, owner, source = min(choices, default=(Distance.OUTSIDE, 0, OUTSIDE, OUTSIDE))
+        num_sends[owner] += distance > Distance.OWN
         moves.append(Move(layer, expert, target, source))
     return TransferPlan(tuple(moves), new.slots_per_rank, topology)
 

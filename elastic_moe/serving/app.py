@@ -1,9 +1,11 @@
 """The HTTP application of one node: the OpenAI API, health, metrics and the state of the cluster."""
 
+from collections.abc import AsyncIterator
 from http import HTTPStatus
 
 import msgspec
-from fastapi import FastAPI, Response
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from elastic_moe.serving.api_errors import install_error_handlers
@@ -33,7 +35,18 @@ def create_app(gateway: Gateway, model: ServedModel) -> FastAPI:
     async def status() -> Response:
         return _json(gateway.status())
 
+    @app.get("/elastic/events")
+    async def events(request: Request) -> Response:
+        if "text/event-stream" in request.headers.get("accept", ""):
+            return StreamingResponse(_sse(gateway), media_type="text/event-stream")
+        return _json(gateway.events.all())
+
     return app
+
+
+async def _sse(gateway: Gateway) -> AsyncIterator[bytes]:
+    async for event in gateway.events.follow():
+        yield b"data: " + msgspec.json.encode(event) + b"\n\n"
 
 
 def _json(content: object, status: int = HTTPStatus.OK) -> Response:

@@ -50,7 +50,10 @@ class _SeededRunner(ModelRunner):
         for future in self.inputs_and_outputs.requests_in_batch:
             if future.has_new_token:
                 state = future.state
-                request = self._requests[state.request_id]
+                request = self._requests.get(state.request_id)
+                if request is None:  # cancelled after its batch was prepared: nobody will see the token
+                    rules.append((Sampling(), 0))
+                    continue
                 position = len(state.initial_tokens) + len(state.generated_tokens) - request.prompt_len
                 rules.append((request.sampling, position))
         tokens = pick(scores[0, : len(rules)], rules)

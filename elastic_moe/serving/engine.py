@@ -14,15 +14,31 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColu
 from transformers import PreTrainedModel
 
 from elastic_moe.config import ModelConfig
-from elastic_moe.errors import ElasticError
+from elastic_moe.errors import ElasticError, NotEnoughSlots, PeerLost
 from elastic_moe.integrations.transformers import LoadTimer, elasticize, meta_model
 from elastic_moe.layer import ElasticMoELayer
-from elastic_moe.membership.channel import Channel, EngineStart, Ready, Refused, ViewChanged
-from elastic_moe.membership.rendezvous import host_of
-from elastic_moe.runtime import ElasticRuntime
+from elastic_moe.membership.channel import Beat, Channel, EngineStart, Ready, Refused, ViewChanged
+from elastic_moe.membership.launch import host_of
+from elastic_moe.membership.rendezvous import Seat
+from elastic_moe.membership.view import Member, View
+from elastic_moe.runtime import ElasticRuntime, topology_of
 from elastic_moe.serving.batching import Batcher
-from elastic_moe.serving.mailbox import Mailbox
-from elastic_moe.serving.protocol import Cancel, Status, Submit, Tokens, Wake
+from elastic_moe.serving.mailbox import Control, Mailbox
+from elastic_moe.serving.protocol import (
+    AskView,
+    Cancel,
+    Event,
+    Invite,
+    Knock,
+    PeerDied,
+    Status,
+    Submit,
+    ToEngine,
+    Tokens,
+    Wake,
+)
+
+BEAT_S = 0.5
 
 log = logging.getLogger("elastic_moe.engine")
 
@@ -30,37 +46,55 @@ log = logging.getLogger("elastic_moe.engine")
 class Engine:
     """One rank: model, batcher and mailbox around one runtime. `run` is the step loop."""
 
-    def __init__(self, start: EngineStart) -> None:
-        """Meet the other ranks, then load the model. Collective over the launch.
+    def __init__(self, start: EngineStart, channel: Channel) -> None:
+        """Meet the other ranks and load the model; or, in a dead one's seat, load it and wait to be taken in.
 
         Raises:
             ValueError: the configuration does not fit the model; the message says what does.
             PeerLost: another rank did not come.
         """
         self._start = start
-        config = start.config
-        self._phase = "loading"
+        self._channel = channel
+        self._phase, self._reason = "loading", ""
         self._load_seconds = 0.0
-        self._batcher: Batcher | None = None
         self._process = psutil.Process()
+        self._handshakes = 0
+        self._woken_for = 0
+        self._asleep = False
+        self._pending = False
+        self._knocking: dict[int, Member] = {}
+        config = start.config
         device = pick_device(config.model, start.launch.local_rank, start.launch.local_world_size)
         model = meta_model(config.model.path, pick_dtype(config.model.dtype))
-        host = host_of(start.launch)
-        self._mailbox = Mailbox(host, self.status)
-        self.runtime = ElasticRuntime.join(
-            start.launch,
-            device=device,
-            address=self._mailbox.address,
-            start_timeout_s=config.elastic.start_timeout_s,
-            exchange_timeout_s=config.elastic.exchange_timeout_s,
-        )
+        self._mailbox = Mailbox(host_of(start.launch), self.status, self._on_control)
+        self.runtime = self._join(device)
+        self.runtime.ask_others = self._ask_others
+        self.runtime.knock = lambda view: self._tell(view, Knock(self.runtime.seat.member))
         self._mailbox.start()
         self._model = self._load(model)
         self._layers = [m for m in self._model.modules() if isinstance(m, ElasticMoELayer)]
         self._batcher = Batcher(self._model, config.serving, eos_token_ids(self._model), self._deliver)
-        self._peers = [m.address for m in self.runtime.view.members if m.rank != self.runtime.rank]
-        self._handshakes = 0
-        self._woken_for = 0
+        threading.Thread(target=self._beat, name="beat", daemon=True).start()
+
+    def _join(self, device: torch.device) -> ElasticRuntime:
+        start, elastic = self._start, self._start.config.elastic
+        settings = {
+            "exchange_timeout_s": elastic.exchange_timeout_s,
+            "lighthouses": [url for url in elastic.lighthouse.split(",") if url],
+            "grow_slots": elastic.grow_slots,
+        }
+        address, lighthouse = self._mailbox.address, start.lighthouse
+        if start.rejoin is not None:
+            seat = Seat(start.launch, host_of(start.launch), address, lighthouse)
+            return ElasticRuntime(seat, start.rejoin, topology_of(start.launch), device, **settings)
+        return ElasticRuntime.join(
+            start.launch,
+            device=device,
+            address=address,
+            lighthouse=lighthouse,
+            start_timeout_s=elastic.start_timeout_s,
+            **settings,
+        )
 
     def _load(self, model: PreTrainedModel) -> PreTrainedModel:
         config, timer = self._start.config, LoadTimer()
@@ -89,48 +123,129 @@ class Engine:
         """Serve until the process ends. All ranks go through the same handshakes and the same MoE layers.
 
         Raises:
-            PeerLost: a rank was lost.
+            PeerLost: no agreement with anybody within a minute.
+            TransferFailed: an expert can be had from no source.
         """
-        self.runtime.groups.control.barrier()
-        self._phase = "serving"
-        self._mailbox.announce()
-        asleep = False
+        if self._start.rejoin is not None:
+            self._recover("joining")
+        self._serving()
         while True:
-            self._take_mail(block=asleep)
-            has_work = self._batcher.prepare()
-            self._handshakes += 1
-            if asleep and self._woken_for < self._handshakes:
-                self._mailbox.ring(self._peers, Wake(self.runtime.epoch, self._handshakes))
-            (work_somewhere,) = self.runtime.agree(int(has_work))
-            asleep = not work_somewhere
-            if work_somewhere:
-                self._step(has_work)
+            try:
+                self._turn()
+            except PeerLost as error:
+                self._recover(str(error))
 
-    def _step(self, has_work: bool) -> None:
+    def _turn(self) -> None:
+        """One handshake, and the step it agrees on."""
+        self._take_mail()
+        if not self._pending:
+            self._pending = self._batcher.prepare()
+        self._handshakes += 1
+        if self._asleep and self._woken_for < self._handshakes:
+            self._tell(self.runtime.view, Wake(self.runtime.epoch, self._handshakes))
+        work, change = self.runtime.agree(int(self._pending), int(bool(self._knocking)))
+        if change:
+            self._recover("a process joins")
+            return
+        self._asleep = not work
+        if work:
+            self._step()
+
+    def _step(self) -> None:
         with self.runtime.step():
-            if has_work:
+            if self._pending:
                 self._batcher.forward()
             else:
                 with torch.no_grad():
                     for layer in self._layers:
                         layer.join_idle()
-        if has_work:
+        if self._pending:
+            self._pending = False
             self._batcher.commit()
 
-    def _take_mail(self, block: bool) -> None:
-        """Take all messages in; when the group sleeps, wait until there is work or a peer has rung for us."""
+    def _recover(self, reason: str) -> None:
+        """Come back in a later epoch. What was prepared stays so, and its forward runs again."""
+        self._phase, self._reason = "recovering", reason
         while True:
-            sleeping = block and not self._batcher.has_requests and self._woken_for <= self._handshakes
+            try:
+                report = self.runtime.recover(reason)
+                break
+            except NotEnoughSlots as error:
+                self._phase, self._reason = "unavailable", str(error)
+                log.error("%s; waiting for a rank to join", error)  # noqa: TRY400 - expected, and told in one line
+                self._mailbox.announce()
+                while not self._knocking and not self.runtime.epoch_is_over:
+                    self._take(self._mailbox.inbox.get())
+                reason = "the group changes again"
+        self._handshakes = self._woken_for = 0
+        self._asleep = False
+        self._mailbox.forget_peers({m.address for m in self.runtime.view.members})
+        self._serving()
+        self._mailbox.send(Event(self.runtime.rank, report))
+
+    def _serving(self) -> None:
+        self._phase, self._reason = "serving", ""
+        self._channel.send(ViewChanged(self.runtime.view))
+        self._mailbox.announce()
+
+    def _take_mail(self) -> None:
+        """Take all messages in; when the group sleeps, wait until there is work or somebody wakes this rank."""
+        while True:
+            sleeping = self._asleep and not self._must_wake()
             try:
                 message = self._mailbox.inbox.get(block=sleeping)
             except queue.Empty:
                 return
-            if isinstance(message, Submit):
-                self._submit(message)
-            elif isinstance(message, Cancel):
-                self._batcher.cancel(message.request_id)
-            elif message.epoch == self.runtime.epoch:
-                self._woken_for = max(self._woken_for, message.step)
+            self._take(message)
+
+    def _must_wake(self) -> bool:
+        woken = self._woken_for > self._handshakes or bool(self._knocking)
+        return woken or self._batcher.has_requests or self.runtime.epoch_is_over
+
+    def _take(self, message: Submit | Cancel | Wake | None) -> None:
+        if isinstance(message, Submit):
+            self._submit(message)
+        elif isinstance(message, Cancel):
+            self._batcher.cancel(message.request_id)
+        elif isinstance(message, Wake) and message.epoch == self.runtime.epoch:
+            self._woken_for = max(self._woken_for, message.step)
+
+    def _on_control(self, message: Control) -> None:
+        """Words about members, in the mailbox's thread. They only ask for a view; nobody acts on them alone."""
+        runtime = getattr(self, "runtime", None)
+        if runtime is None:
+            return
+        view = runtime.view
+        if isinstance(message, AskView):
+            runtime.leave_epoch(message.epoch)
+        elif isinstance(message, PeerDied):
+            runtime.peer_died(message.rank, message.incarnation)
+        elif isinstance(message, Invite):
+            runtime.invited(message.view)
+        elif not view.has(message.member.rank, message.member.incarnation):
+            self._knocking[message.member.rank] = message.member
+            if runtime.epoch_is_over:  # the members are asking for a view right now
+                self._mailbox.tell_now(message.member.address, Invite(view))
+
+    def _ask_others(self, view: View) -> None:
+        """The members leave `view` now: tell them, and those who knocked."""
+        self._tell(view, AskView(view.epoch))
+        waiting = [m.address for m in self._knocking.values() if not view.has(m.rank, m.incarnation)]
+        self._knocking = {}
+        self._mailbox.tell(waiting, Invite(view))
+
+    def _tell(self, view: View, message: ToEngine) -> None:
+        """Send to the other members of a view."""
+        self._mailbox.tell([m.address for m in view.members if m.rank != self.runtime.rank], message)
+
+    def _beat(self) -> None:
+        """Tell the supervisor twice a second that this process lives, and whether it gets on."""
+        while True:
+            groups_wait = self._phase != "serving" or self.runtime.groups.waiting
+            progress = self._handshakes + self.runtime.steps
+            if not self._channel.send(Beat(progress, working=not (self._asleep or groups_wait))):
+                return
+            time.sleep(BEAT_S)
 
     def _submit(self, submit: Submit) -> None:
         try:
@@ -143,25 +258,27 @@ class Engine:
         self._mailbox.send(Tokens(request_id, incarnation, start, tokens, finish, error))
 
     def status(self) -> Status | None:
-        """This rank's state; None until the runtime exists. Called from the mailbox's thread."""
-        runtime = getattr(self, "runtime", None)
-        if runtime is None or self._batcher is None:
+        """This rank's state; None until the model is loaded. Called from the mailbox's thread."""
+        batcher = getattr(self, "_batcher", None)
+        if batcher is None:
             return None
+        runtime = self.runtime
         placement = runtime.registry.placement
         cuda = runtime.device.type == "cuda"
         return Status(
             rank=runtime.rank,
             incarnation=runtime.seat.member.incarnation,
             phase=self._phase,
+            reason=self._reason,
             view=runtime.view,
             placement_version=placement.version,
             placement_hash=placement.hash,
             slots=placement.of_rank(runtime.rank).tolist(),
             num_experts=placement.num_experts,
-            running=self._batcher.running,
-            waiting=self._batcher.waiting,
+            running=batcher.running,
+            waiting=batcher.waiting,
             steps=runtime.steps,
-            tokens_generated=self._batcher.tokens_generated,
+            tokens_generated=batcher.tokens_generated,
             memory_bytes=torch.cuda.memory_allocated(runtime.device) if cuda else self._process.memory_info().rss,
             load_seconds=self._load_seconds,
         )
@@ -221,11 +338,10 @@ def main() -> None:
 
 def _serve(start: EngineStart, channel: Channel) -> None:
     try:
-        engine = Engine(start)
+        engine = Engine(start, channel)
     except ValueError as error:
         channel.send(Refused(str(error)))
         os._exit(2)
-    channel.send(ViewChanged(engine.runtime.view))
     channel.send(Ready())
     engine.run()
 

@@ -13,9 +13,10 @@ from elastic_moe.errors import ElasticError
 from elastic_moe.membership.view import View
 from elastic_moe.serving.cluster_status import ClusterStatus, MemberStatus, RequestStatus, newest_placement
 from elastic_moe.serving.engine_link import EngineLink
+from elastic_moe.serving.events import EventLog
 from elastic_moe.serving.journal import Entry, Journal, Owner
 from elastic_moe.serving.metrics import Metrics
-from elastic_moe.serving.protocol import Cancel, Hello, Sampling, Tokens
+from elastic_moe.serving.protocol import Cancel, Event, Hello, Sampling, Status, Tokens
 from elastic_moe.serving.routing import choose_rank
 
 HELLO_INTERVAL_S = 1.0
@@ -97,6 +98,8 @@ class Gateway:
         self._links: dict[int, EngineLink] = {}
         self._listeners: dict[int, asyncio.Task[None]] = {}
         self._journal = Journal()
+        self.events = EventLog(metrics)
+        """The recoveries that engines told of."""
         self._generations: dict[str, Generation] = {}
         self._has_started = False
         self._greeter = tasks.create_task(self._greet())
@@ -132,6 +135,8 @@ class Gateway:
 
     def set_view(self, view: View) -> None:
         """Follow the group: link to new processes, unlink those that left, and move the requests they had."""
+        if self._view is not None and view.epoch < self._view.epoch:
+            return
         self._view = view
         members = {m.rank: m for m in view.members}
         for rank, link in tuple(self._links.items()):
@@ -237,9 +242,17 @@ class Gateway:
             message = await link.receive()
             if isinstance(message, Tokens):
                 self._take(message)
+            elif isinstance(message, Event):
+                self.events.add(message)
             else:
                 link.heard(message, time.monotonic())
+                self._follow(message)
                 self._ranks_changed()
+
+    def _follow(self, status: Status) -> None:
+        """An engine may know of a newer view before the supervisor says so (its own engine may be the dead one)."""
+        if self._view is None or status.view.epoch > self._view.epoch:
+            self.set_view(status.view)
 
     def _take(self, message: Tokens) -> None:
         """Enter new tokens into the journal and wake whoever reads them."""

@@ -3,12 +3,29 @@
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import msgspec
 import zmq
 
-from elastic_moe.serving.protocol import Cancel, Hello, Status, Submit, Tokens, Wake, decode_to_engine, encode
+from elastic_moe.serving.protocol import (
+    AskView,
+    Cancel,
+    Event,
+    Hello,
+    Invite,
+    Knock,
+    PeerDied,
+    Status,
+    Submit,
+    ToEngine,
+    Tokens,
+    Wake,
+    decode_to_engine,
+    encode,
+)
+
+Control = PeerDied | AskView | Knock | Invite
 
 STATUS_EVERY_S = 1.0
 FRONT_END_GONE_S = 10.0
@@ -18,8 +35,9 @@ FRONT_END_GONE_S = 10.0
 class Mailbox:
     """One ROUTER socket, served by one thread. The step loop reads `inbox`, waits on it, and calls `send`."""
 
-    def __init__(self, host: str, status: Callable[[], Status | None]) -> None:
-        """Bind a free port on `host`. `status` is called in this thread; None while there is nothing to tell."""
+    def __init__(self, host: str, status: Callable[[], Status | None], control: Callable[[Control], None]) -> None:
+        """Bind a free port on `host`. Both are called in the mailbox's thread: `status` to report (None while there
+        is nothing to tell), `control` with words about the group's members."""
         self._context = zmq.Context()
         self._router = self._context.socket(zmq.ROUTER)
         self._router.setsockopt(zmq.LINGER, 200)
@@ -30,32 +48,38 @@ class Mailbox:
         self._sender = self._context.socket(zmq.PUSH)
         self._sender.connect("inproc://outbox")
         self._status = status
+        self._control = control
         self._peers: dict[str, zmq.Socket] = {}
         self._front_ends: dict[bytes, float] = {}
         self._owners: dict[str, bytes] = {}
-        self.inbox: queue.SimpleQueue[Submit | Cancel | Wake] = queue.SimpleQueue()
+        self.inbox: queue.SimpleQueue[Submit | Cancel | Wake | None] = queue.SimpleQueue()
+        """For the step loop; None only wakes it."""
         self._thread = threading.Thread(target=self._serve, name="mailbox", daemon=True)
 
     def start(self) -> None:
         """Start answering."""
         self._thread.start()
 
-    def send(self, message: Tokens) -> None:
-        """To the front end that owns the request. From the step loop's thread only."""
+    def send(self, message: Tokens | Event) -> None:
+        """Tokens to the front end that owns the request, events to all. From the step loop's thread only."""
         self._sender.send(encode(message))
 
     def announce(self) -> None:
         """Send a `Status` to every front end now. From the step loop's thread only."""
         self._sender.send(b"")
 
-    def ring(self, addresses: list[str], wake: Wake) -> None:
-        """Wake the engines at these addresses. From the step loop's thread only."""
+    def tell(self, addresses: Collection[str], message: ToEngine) -> None:
+        """Send to the engines at these addresses. From the step loop's thread only; in `control` use `tell_now`."""
         for address in addresses:
-            if address not in self._peers:
-                peer = self._peers[address] = self._context.socket(zmq.DEALER)
-                peer.setsockopt(zmq.LINGER, 0)
-                peer.connect(address)
-            self._peers[address].send(encode(wake))
+            self._sender.send_multipart([address.encode(), encode(message)])
+
+    def tell_now(self, address: str, message: ToEngine) -> None:
+        """The same from the mailbox's own thread."""
+        self._send_to_peer(address, encode(message))
+
+    def forget_peers(self, addresses: Collection[str]) -> None:
+        """Close the sockets to all engines but these. From the step loop's thread only."""
+        self._sender.send_multipart([b"", *(address.encode() for address in addresses)])
 
     def _serve(self) -> None:
         poller = zmq.Poller()
@@ -67,15 +91,31 @@ class Mailbox:
             if self._router in ready:
                 self._receive(*self._router.recv_multipart())
             if self._outbox in ready:
-                frame = self._outbox.recv()
-                if frame:
-                    self._deliver(frame)
+                frames = self._outbox.recv_multipart()
+                if len(frames) > 1:
+                    self._serve_peers(*frames)
+                elif frames[0]:
+                    self._deliver(frames[0])
                 else:
                     next_status = 0.0
             if time.monotonic() >= next_status:
                 next_status = time.monotonic() + STATUS_EVERY_S
                 self._expire_front_ends()
                 self._broadcast_status()
+
+    def _serve_peers(self, address: bytes, *rest: bytes) -> None:
+        if address:
+            self._send_to_peer(address.decode(), rest[0])
+            return
+        for gone in self._peers.keys() - {other.decode() for other in rest}:
+            self._peers.pop(gone).close()
+
+    def _send_to_peer(self, address: str, frame: bytes) -> None:
+        if address not in self._peers:
+            peer = self._peers[address] = self._context.socket(zmq.DEALER)
+            peer.setsockopt(zmq.LINGER, 0)
+            peer.connect(address)
+        self._peers[address].send(frame)
 
     def _receive(self, sender: bytes, *frames: bytes) -> None:
         try:
@@ -89,6 +129,10 @@ class Mailbox:
             if status:
                 self._router.send_multipart([sender, encode(status)])
             return
+        if isinstance(message, Control):
+            self._control(message)
+            self.inbox.put(None)
+            return
         if isinstance(message, Submit):
             self._owners[message.request_id] = sender
         elif isinstance(message, Cancel):
@@ -96,8 +140,13 @@ class Mailbox:
         self.inbox.put(message)
 
     def _deliver(self, frame: bytes) -> None:
-        head = msgspec.msgpack.decode(frame, type=Tokens)
-        owner = self._owners.pop(head.request_id, None) if head.finish else self._owners.get(head.request_id)
+        message = msgspec.msgpack.decode(frame, type=Tokens | Event)
+        if isinstance(message, Event):
+            for front_end in self._front_ends:
+                self._router.send_multipart([front_end, frame])
+            return
+        request_id = message.request_id
+        owner = self._owners.pop(request_id, None) if message.finish else self._owners.get(request_id)
         if owner is not None:
             self._router.send_multipart([owner, frame])
 

@@ -8,6 +8,7 @@ from elastic_moe.serving.cluster_status import ClusterStatus
 
 FIRST_TOKEN_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 INTER_TOKEN_BUCKETS_S = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0)
+RECOVERY_BUCKETS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0, 30.0)
 
 
 class Metrics:
@@ -23,8 +24,8 @@ class Metrics:
         def gauge(name: str, meaning: str, *labels: str) -> Gauge:
             return Gauge(f"elastic_moe_{name}", meaning, labels, registry=self.registry)
 
-        def histogram(name: str, meaning: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(f"elastic_moe_{name}", meaning, buckets=buckets, registry=self.registry)
+        def histogram(name: str, meaning: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+            return Histogram(f"elastic_moe_{name}", meaning, labels, buckets=buckets, registry=self.registry)
 
         self.requests = counter("requests", "Requests ended: stop, length, error, cancelled, rejected", "outcome")
         self.resubmitted = counter("requests_resubmitted", "Requests moved to another rank after a loss")
@@ -36,6 +37,9 @@ class Metrics:
         self.inter_token = histogram(
             "inter_token_seconds", "Between two arrivals of tokens of one request", INTER_TOKEN_BUCKETS_S
         )
+        self.faults = counter("faults", "Ranks lost")
+        self.transfer_bytes = counter("transfer_bytes", "Expert bytes brought into slots by recoveries", "source")
+        self.recovery_seconds = histogram("recovery_seconds", "Time of each phase", RECOVERY_BUCKETS_S, "phase")
         self._in_flight = gauge("requests_in_flight", "Requests of this front end: running or waiting", "state")
         self._rank_running = gauge("rank_running", "Requests a rank is running, as it reports", "rank")
         self._rank_waiting = gauge("rank_waiting", "Requests waiting at a rank, as it reports", "rank")

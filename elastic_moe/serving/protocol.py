@@ -7,7 +7,8 @@ token that arrives twice is recognised and dropped.
 
 import msgspec
 
-from elastic_moe.membership.view import View
+from elastic_moe.control.report import Report
+from elastic_moe.membership.view import Member, View
 
 
 class Sampling(msgspec.Struct, frozen=True):
@@ -52,6 +53,31 @@ class Wake(msgspec.Struct, tag="wake", frozen=True):
     step: int
 
 
+class PeerDied(msgspec.Struct, tag="peer_died", frozen=True):
+    """Supervisor -> all engines: this process has ended. Asks for a new view; nobody acts on it alone."""
+
+    rank: int
+    incarnation: str
+
+
+class AskView(msgspec.Struct, tag="ask_view", frozen=True):
+    """Engine -> engines: the groups of `epoch` are broken; leave them and ask for the next view."""
+
+    epoch: int
+
+
+class Knock(msgspec.Struct, tag="knock", frozen=True):
+    """A process that is ready to be a member -> engines: take me in at the next step you agree on."""
+
+    member: Member
+
+
+class Invite(msgspec.Struct, tag="invite", frozen=True):
+    """Members -> a process that knocked: we ask for the next view now, so do you. `view` is the one we leave."""
+
+    view: View
+
+
 class Tokens(msgspec.Struct, tag="tokens", frozen=True):
     """Engine -> front end: new tokens of a request; `start` is the output position of the first of them.
 
@@ -73,7 +99,7 @@ class Status(msgspec.Struct, tag="status", frozen=True):
     rank: int
     incarnation: str
     phase: str
-    """`loading`, `serving` or `stopping`."""
+    """`loading`, `serving`, `recovering`, or `unavailable` (the reason in `reason`)."""
     view: View
     placement_version: int = 0
     placement_hash: str = ""
@@ -87,10 +113,18 @@ class Status(msgspec.Struct, tag="status", frozen=True):
     memory_bytes: int = 0
     """Resident memory of the process (CPU) or allocated device memory (GPU)."""
     load_seconds: float = 0.0
+    reason: str = ""
 
 
-ToEngine = Submit | Cancel | Hello | Wake
-ToFrontEnd = Tokens | Status
+class Event(msgspec.Struct, tag="event", frozen=True):
+    """Engine -> front end: a recovery this rank went through."""
+
+    rank: int
+    report: Report
+
+
+ToEngine = Submit | Cancel | Hello | Wake | PeerDied | AskView | Knock | Invite
+ToFrontEnd = Tokens | Status | Event
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode

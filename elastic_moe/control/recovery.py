@@ -1,0 +1,203 @@
+"""Recovery: from "something broke" to a new epoch in which every expert has a live slot.
+
+View (who is left) -> groups -> repair (what is missing, from the nearest copy, verified) -> vote -> commit. Each
+member tells what it holds, and the plan is computed from that alone: nobody's opinion of the past is needed, so a
+second loss on the way simply begins again at the view.
+"""
+
+import enum
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from elastic_moe.control.report import Report
+from elastic_moe.errors import PeerLost, TransferFailed
+from elastic_moe.membership.groups import EpochGroups
+from elastic_moe.membership.quorum import Membership
+from elastic_moe.membership.view import Member, View
+from elastic_moe.placement.placement import EMPTY, Placement, fewest_slots
+from elastic_moe.placement.repair import grow, lower_bound_moves, repair
+from elastic_moe.placement.topology import Topology
+from elastic_moe.placement.transfers import Distance, TransferPlan, plan_transfers
+from elastic_moe.transport.group import move_experts
+from elastic_moe.weights.store import ExpertStore
+
+log = logging.getLogger("elastic_moe.recovery")
+
+MOVES_IN_FLIGHT = 64
+"""Experts on their way between ranks at once; bounds the receive buffers of the transport."""
+
+
+class Phase(enum.Enum):
+    """The phases of a recovery, in their order."""
+
+    VIEW = "view"
+    GROUPS = "groups"
+    REPAIR = "repair"
+    COMMIT = "commit"
+
+
+class Recovery:
+    """Leads one rank from one epoch to the next. Owns nothing: what it is given, it returns changed or as it was."""
+
+    def __init__(
+        self,
+        me: Member,
+        membership: Membership,
+        topology: Topology,
+        store: ExpertStore,
+        device: torch.device,
+        *,
+        exchange_timeout_s: float,
+        grow_slots: bool,
+        knock: Callable[[View], None],
+        on_groups: Callable[[View, EpochGroups], None],
+    ) -> None:
+        """`knock` tells the members of a view that this process waits for a place; `on_groups` hands over the groups
+        of each view as soon as they exist, so that others may abort them."""
+        self._me = me
+        self._membership = membership
+        self._topology = topology
+        self._store = store
+        self._device = device
+        self._exchange_timeout_s = exchange_timeout_s
+        self._grow_slots = grow_slots
+        self._knock = knock
+        self._on_groups = on_groups
+        self._seconds: dict[str, float] = {}
+        self._bytes: dict[str, int] = {}
+        self._rejected = 0
+        self._lower_bound = 0
+
+    def run(self, view: View, version: int, reason: str, deadline_s: float) -> tuple[Placement, Report]:
+        """Go from `view` to a later one, in which all members agree on a placement.
+
+        Args:
+            view: the last known; its groups are aborted already.
+            version: of the last placement committed here.
+            reason: what was noticed, for the report.
+            deadline_s: give up after this many seconds.
+
+        Raises:
+            PeerLost: no agreement within the deadline.
+            NotEnoughSlots: the members' slots cannot hold all experts; the view and its groups are good.
+            TransferFailed: an expert can be had from no source.
+        """
+        old, noticed_at, begin, attempts = view, time.time(), time.monotonic(), 0
+        while True:
+            attempts += 1
+            try:
+                with self._phase(Phase.VIEW):
+                    view = self._membership.next_view(view, self._knock, deadline_s)
+                with self._phase(Phase.GROUPS):
+                    groups = EpochGroups.build(view, self._me.rank, self._device, self._exchange_timeout_s)
+                    self._on_groups(view, groups)
+                placement = self._repair(view, groups, version)
+                break
+            except PeerLost as error:
+                log.warning("recovery attempt %d: %s", attempts, error)
+                if time.monotonic() - begin > deadline_s:
+                    raise
+        report = Report(
+            epoch=view.epoch,
+            ranks=view.ranks,
+            lost=tuple(m.rank for m in old.members if not view.has(m.rank, m.incarnation)),
+            joined=tuple(m.rank for m in view.members if not old.has(m.rank, m.incarnation)),
+            reason=reason,
+            noticed_at=noticed_at,
+            phase_s=self._seconds,
+            bytes_by_source=self._bytes,
+            bytes_lower_bound=self._lower_bound,
+            rejected=self._rejected,
+            attempts=attempts,
+        )
+        return placement, report
+
+    def _repair(self, view: View, groups: EpochGroups, version: int) -> Placement:
+        with self._phase(Phase.REPAIR):
+            held, version = self._gather(groups, version)
+            placement, held = self._plan(held, view, version + 1)
+            plan = plan_transfers(held, placement, view.ranks, self._topology)
+            failure = self._transfer(plan, groups)
+        with self._phase(Phase.COMMIT):
+            (failed,) = groups.control.all_reduce_max([int(failure is not None)])
+            if failure is not None:
+                raise failure
+            if failed:
+                raise PeerLost(f"a member of epoch {view.epoch} could not restore its experts")
+        return placement
+
+    def _gather(self, groups: EpochGroups, version: int) -> tuple[np.ndarray, int]:
+        """What every seat holds, int32 [L, R * S]; and the newest placement version of all."""
+        store = self._store
+        num_slots, version = groups.control.all_reduce_max([store.num_slots, version])
+        store.grow(num_slots)
+        num_layers = store.held.shape[0]
+        table = np.full((num_layers, self._topology.num_ranks, num_slots), EMPTY, dtype=np.int64)
+        table[:, self._me.rank] = store.held
+        table = groups.control.all_reduce_max_array(table)
+        store.digests = groups.control.all_reduce_max_array(store.digests)
+        return table.reshape(num_layers, -1).astype(np.int32), version
+
+    def _plan(self, held: np.ndarray, view: View, version: int) -> tuple[Placement, np.ndarray]:
+        """The repaired placement; with more slots than before if it takes them and they may be added."""
+        store, alive = self._store, view.ranks
+        wanted = fewest_slots(store.num_experts, len(alive))
+        if wanted > store.num_slots and self._grow_slots:
+            held = grow(held, store.num_slots, wanted)
+            store.grow(wanted)
+        moves = lower_bound_moves(held, store.num_experts, store.num_slots, alive)
+        self._lower_bound = moves * store.expert_bytes
+        placement = repair(
+            held, store.num_experts, store.num_slots, alive, self._topology, version=version, epoch=view.epoch
+        )
+        return placement, held
+
+    def _transfer(self, plan: TransferPlan, groups: EpochGroups) -> TransferFailed | None:
+        """Fill this rank's new slots, and serve the others'. Returns why not, for the vote."""
+        store, rank = self._store, self._me.rank
+        for move in plan.local_of(rank):
+            source = store.tensors(move.layer, move.source % plan.slots_per_rank)
+            for target, tensor in zip(store.vacate(move.layer, move.target % plan.slots_per_rank), source, strict=True):
+                target.copy_(tensor)
+        move_experts(
+            plan,
+            groups.data,
+            groups.ranks,
+            rank,
+            read=lambda m: store.tensors(m.layer, m.source % plan.slots_per_rank),
+            write=lambda m: store.vacate(m.layer, m.target % plan.slots_per_rank),
+            in_flight=MOVES_IN_FLIGHT,
+        )
+        try:
+            for move in plan.moves:
+                if plan.rank_of(move.target) == rank:
+                    self._accept(move.layer, move.target % plan.slots_per_rank, move.expert, plan.distance(move))
+        except TransferFailed as error:
+            return error
+        return None
+
+    def _accept(self, layer: int, slot: int, expert: int, distance: Distance) -> None:
+        store, source = self._store, distance.name.lower()
+        if distance is not Distance.OUTSIDE:
+            if store.accept(layer, slot, expert):
+                self._bytes[source] = self._bytes.get(source, 0) + store.expert_bytes
+                return
+            self._rejected += 1
+            log.warning("layer %d expert %d: the %s copy has a wrong digest; reading the disk", layer, expert, source)
+        store.vacate(layer, slot)
+        self._bytes["disk"] = self._bytes.get("disk", 0) + store.read_from_disk(layer, slot, expert)
+
+    @contextmanager
+    def _phase(self, phase: Phase) -> Iterator[None]:
+        begin = time.monotonic()
+        try:
+            yield
+        finally:
+            seconds = time.monotonic() - begin
+            self._seconds[phase.value] = self._seconds.get(phase.value, 0.0) + seconds
+            log.debug("phase %s took %.1f ms", phase.value, seconds * 1e3)

@@ -1,0 +1,190 @@
+"""Agreement on who is in the group: a view from torchft's lighthouse, asked for by whoever observes a change.
+
+The lighthouse (Rust, by heartbeats and quorum) decides; observation only asks. It waits for every process that sends
+heartbeats, so a slow member is never left out; a dead one is spoken for by the survivors as soon as its supervisor
+has said that it ended (`gone`), and otherwise, as when a whole node is lost, counts until its heartbeats have been
+missing for `HEARTBEAT_TIMEOUT_MS`. Serving needs no lighthouse while nothing changes. Several may be named: the first
+that answers is used, so another node's takes over.
+"""
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from datetime import timedelta
+from typing import TypeVar
+
+import msgspec
+from torchft.coordination import LighthouseClient
+
+from elastic_moe.errors import PeerLost
+from elastic_moe.membership.view import Member, View
+
+HEARTBEAT_S = 0.1
+HEARTBEAT_TIMEOUT_MS = 1000
+JOIN_TIMEOUT_MS = 20_000
+"""How long a lighthouse waits for a member that sends heartbeats but does not ask for the view."""
+TICK_MS = 10
+CALL_TIMEOUT_S = 25.0
+CONNECT_TIMEOUT_S = 1.0
+KNOCK_EVERY_S = 0.5
+SPOKEN_FOR_S = 3.0
+"""How long after its end a process is spoken for: longer than its last heartbeat can count."""
+
+Answer = TypeVar("Answer")
+log = logging.getLogger("elastic_moe.membership")
+
+
+class Membership:
+    """This process's part in the agreement. Everything that waits for a lighthouse runs in a thread of its own."""
+
+    def __init__(self, me: Member, lighthouses: Sequence[str]) -> None:
+        """`lighthouses` are URLs in the order of preference; nothing is connected before it is needed."""
+        self._me = me
+        self._urls = list(lighthouses)
+        self._lock = threading.Lock()
+        self._requests: dict[int, Future[View]] = {}
+        self._gone: dict[str, float] = {}
+        self._invitations: queue.SimpleQueue[View] = queue.SimpleQueue()
+        self._beating = threading.Event()
+        self._closed = threading.Event()
+        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+
+    def start(self) -> None:
+        """Send heartbeats: from now on others wait for this process when a view is made."""
+        self._beating.set()
+
+    def close(self) -> None:
+        """End the heartbeats for good."""
+        self._closed.set()
+
+    def gone(self, rank: int, incarnation: str) -> None:
+        """The supervisor of this process says that it ended. From any thread."""
+        name = _name(rank, incarnation)
+        with self._lock:
+            self._gone[name] = time.monotonic()
+            asking = any(not future.done() for future in self._requests.values())
+        if asking:
+            self._speak_for(name)
+
+    def invite(self, view: View) -> None:
+        """The members of `view` take this process in with their next one. From any thread."""
+        self._invitations.put(view)
+
+    def request_view(self, after: int) -> "Future[View]":
+        """Ask for the view that follows epoch `after`. From any thread; asking again gets the same answer.
+
+        The future fails with PeerLost when no lighthouse answered in time; ask again then.
+        """
+        with self._lock:
+            future = self._requests.get(after)
+            if future is not None and not (future.done() and future.exception() is not None):
+                return future
+            self._requests = {epoch: f for epoch, f in self._requests.items() if epoch >= after}
+            future = self._requests[after] = Future()
+            since = time.monotonic() - SPOKEN_FOR_S
+            self._gone = {name: when for name, when in self._gone.items() if when > since}
+            gone = list(self._gone)
+        threading.Thread(target=self._ask, args=(after, future), name="view", daemon=True).start()
+        for name in gone:
+            self._speak_for(name)
+        return future
+
+    def next_view(self, view: View, knock: Callable[[View], None], deadline_s: float) -> View:
+        """The view that follows `view`, with this process in it.
+
+        A member asks at once. A newcomer, or a member that the others left behind, knocks until the members invite it,
+        and asks together with them. It sends heartbeats while it knocks, so they wait for it; members invite whoever
+        knocks as soon as they ask for a view themselves, for whatever reason.
+
+        Raises:
+            PeerLost: nobody agreed on anything within `deadline_s` seconds.
+        """
+        deadline = time.monotonic() + deadline_s
+        asking = view.has(self._me.rank, self._me.incarnation)
+        self._beating.set()
+        while True:
+            try:
+                if not asking:
+                    view = self._await_invitation(view, knock, deadline)
+                return self.request_view(view.epoch).result(CALL_TIMEOUT_S + len(self._urls) * CONNECT_TIMEOUT_S)
+            except (PeerLost, FutureTimeout) as error:
+                if time.monotonic() > deadline:
+                    raise PeerLost(f"no view after epoch {view.epoch} within {deadline_s} s: {error}") from error
+                asking = False
+
+    def _await_invitation(self, view: View, knock: Callable[[View], None], deadline: float) -> View:
+        while time.monotonic() < deadline:
+            knock(view)
+            try:
+                return self._invitations.get(timeout=KNOCK_EVERY_S)
+            except queue.Empty:
+                continue
+        raise PeerLost(f"nobody in epoch {view.epoch} took this process in")
+
+    def _ask(self, after: int, future: "Future[View]") -> None:
+        try:
+            future.set_result(self._call({}, lambda client: self._quorum(client, after)))
+        except (PeerLost, ValueError) as error:
+            future.set_exception(error if isinstance(error, PeerLost) else PeerLost(str(error)))
+
+    def _quorum(self, client: LighthouseClient, after: int) -> View:
+        quorum = client.quorum(
+            replica_id=_name(self._me.rank, self._me.incarnation),
+            timeout=timedelta(seconds=CALL_TIMEOUT_S),
+            address=self._me.address,
+            store_address=self._me.store,
+            step=after,
+            world_size=1,
+            shrink_only=False,
+            data={"member": msgspec.json.encode(self._me).decode()},
+        )
+        said = [p.data["member"] for p in quorum.participants if p.data and "member" in p.data]
+        members = [msgspec.json.decode(str(member), type=Member) for member in said]
+        epoch = 1 + max(p.step for p in quorum.participants)
+        return View(epoch, tuple(sorted(members, key=lambda m: m.rank)))
+
+    def _speak_for(self, name: str) -> None:
+        """Take the dead process's part in the vote, without a member's record: so nobody waits for it."""
+
+        def call(client: LighthouseClient) -> None:
+            client.quorum(replica_id=name, timeout=timedelta(seconds=SPOKEN_FOR_S), step=0, data={"gone": "yes"})
+
+        def speak() -> None:
+            try:
+                self._call({}, call)
+            except PeerLost as error:
+                log.debug("speaking for %s: %s", name, error)
+
+        threading.Thread(target=speak, name="speak", daemon=True).start()
+
+    def _beat(self) -> None:
+        name = _name(self._me.rank, self._me.incarnation)
+        clients: dict[str, LighthouseClient] = {}
+        while not self._closed.wait(HEARTBEAT_S):
+            if not self._beating.wait(HEARTBEAT_S):
+                continue
+            try:
+                self._call(clients, lambda client: client.heartbeat(name, timedelta(seconds=1)))
+            except PeerLost as error:
+                log.debug("%s", error)
+
+    def _call(self, clients: dict[str, LighthouseClient], call: Callable[[LighthouseClient], Answer]) -> Answer:
+        """`call` on the first lighthouse that answers; `clients` keeps the connections of one thread."""
+        reasons = []
+        for url in self._urls:
+            try:
+                if url not in clients:
+                    clients[url] = LighthouseClient(url, timedelta(seconds=CONNECT_TIMEOUT_S))
+                return call(clients[url])
+            except (RuntimeError, TimeoutError) as error:
+                clients.pop(url, None)
+                reasons.append(f"{url}: {str(error).splitlines()[0]}")
+        raise PeerLost(f"no lighthouse answered ({'; '.join(reasons) or 'none is known'})")
+
+
+def _name(rank: int, incarnation: str) -> str:
+    return f"{rank}:{incarnation}"

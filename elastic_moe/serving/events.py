@@ -1,0 +1,49 @@
+"""The recoveries a front end has heard of: the last 1000, for /elastic/events, and the metrics made of them."""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+
+from elastic_moe.serving.metrics import Metrics
+from elastic_moe.serving.protocol import Event
+
+KEPT = 1000
+
+
+class EventLog:
+    """Keeps what each rank told; counts each fault once, however many ranks tell of it."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        """An empty log."""
+        self._metrics = metrics
+        self._events: deque[Event] = deque(maxlen=KEPT)
+        self._counted_epoch = 0
+        self._followers: set[asyncio.Queue[Event]] = set()
+
+    def add(self, event: Event) -> None:
+        """Record one rank's report."""
+        self._events.append(event)
+        report = event.report
+        for source, num_bytes in report.bytes_by_source.items():
+            self._metrics.transfer_bytes.labels(source).inc(num_bytes)
+        if report.epoch > self._counted_epoch:
+            self._counted_epoch = report.epoch
+            self._metrics.faults.inc(len(report.lost))
+            for phase, seconds in report.phase_s.items():
+                self._metrics.recovery_seconds.labels(phase).observe(seconds)
+        for follower in self._followers:
+            follower.put_nowait(event)
+
+    def all(self) -> Sequence[Event]:
+        """The events kept, oldest first."""
+        return tuple(self._events)
+
+    async def follow(self) -> AsyncIterator[Event]:
+        """Every event from now on."""
+        queue: asyncio.Queue[Event] = asyncio.Queue()
+        self._followers.add(queue)
+        try:
+            while True:
+                yield await queue.get()
+        finally:
+            self._followers.discard(queue)

@@ -1,0 +1,94 @@
+"""ExpertStore: the experts one rank holds, of all MoE layers, with their digests. The truth about "who has what"."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from elastic_moe.errors import CheckpointError, TransferFailed
+from elastic_moe.experts.slots import SlotExperts
+from elastic_moe.placement.placement import EMPTY
+from elastic_moe.weights.digest import digest
+
+ReadExpert = Callable[[int, int, Sequence[torch.Tensor]], int]
+"""`read(layer, expert, out)` fills the tensors of an expert from outside the group and returns the bytes read."""
+
+UNKNOWN = -1
+"""A digest nobody has computed yet."""
+
+
+class ExpertStore:
+    """Slots of every layer and what is in them.
+
+    `held` int32 [L, S] is this rank's inventory. A slot is marked empty before its bytes are overwritten and filled
+    again only when the new bytes are verified, so a transfer that breaks off never leaves a slot that lies.
+    """
+
+    def __init__(self, layers: Sequence[SlotExperts], held: np.ndarray, read: ReadExpert | None = None) -> None:
+        """`read` is the source of last resort: the checkpoint on disk."""
+        self.layers = list(layers)
+        self.held = np.array(held, dtype=np.int32)
+        self.num_experts = self.layers[0].layout.num_experts
+        self.digests = np.full((len(self.layers), self.num_experts), UNKNOWN, dtype=np.int64)
+        self._read = read
+
+    @property
+    def num_slots(self) -> int:
+        """S."""
+        return self.held.shape[1]
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert of one layer in memory (of the first layer; they are alike in practice)."""
+        return self.layers[0].layout.num_bytes
+
+    def record_digests(self) -> None:
+        """Compute the digest of every expert held here whose digest is not known yet."""
+        for layer, slot in np.argwhere(self.held != EMPTY):
+            expert = self.held[layer, slot]
+            if self.digests[layer, expert] == UNKNOWN:
+                self.digests[layer, expert] = digest(self.layers[layer].slot_tensors(int(slot)))
+
+    def grow(self, num_slots: int) -> None:
+        """Have at least `num_slots` slots in every layer; the new ones are empty."""
+        more = num_slots - self.num_slots
+        if more <= 0:
+            return
+        for experts in self.layers:
+            experts.grow(num_slots)
+        self.held = np.pad(self.held, ((0, 0), (0, more)), constant_values=EMPTY)
+
+    def tensors(self, layer: int, slot: int) -> Sequence[torch.Tensor]:
+        """Views of the tensors in a slot."""
+        return self.layers[layer].slot_tensors(slot)
+
+    def vacate(self, layer: int, slot: int) -> Sequence[torch.Tensor]:
+        """Mark a slot empty and return its tensors to be overwritten."""
+        self.held[layer, slot] = EMPTY
+        return self.tensors(layer, slot)
+
+    def accept(self, layer: int, slot: int, expert: int) -> bool:
+        """Verify the bytes written into a vacated slot and mark it filled. False: the digest is wrong."""
+        known, found = self.digests[layer, expert], digest(self.tensors(layer, slot))
+        if known not in (UNKNOWN, found):
+            return False
+        self.digests[layer, expert] = found
+        self.held[layer, slot] = expert
+        return True
+
+    def read_from_disk(self, layer: int, slot: int, expert: int) -> int:
+        """Fill a vacated slot from the checkpoint, verified. Returns the bytes read.
+
+        Raises:
+            TransferFailed: there is no checkpoint, it cannot be read, or its bytes have another digest.
+        """
+        where = f"layer {layer} expert {expert}"
+        if self._read is None:
+            raise TransferFailed(f"{where}: no live copy, and no checkpoint to read it from")
+        try:
+            num_bytes = self._read(layer, expert, self.tensors(layer, slot))
+        except (CheckpointError, OSError) as error:
+            raise TransferFailed(f"{where}: no live copy, and the checkpoint failed: {error}") from error
+        if not self.accept(layer, slot, expert):
+            raise TransferFailed(f"{where}: no live copy, and the checkpoint's bytes have another digest than at start")
+        return num_bytes
