@@ -7,6 +7,7 @@ component is handed only its own dataclass.
 
 import dataclasses
 import ipaddress
+import math
 import socket
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,7 @@ class ModelConfig:
 
     def validate(self) -> None:
         """Raise ValueError, naming the key and what is allowed, when a value cannot work."""
+        _check(bool(self.name), "model.name", self.name, "must not be empty")
         _check(self.dtype in DTYPES, "model.dtype", self.dtype, f"must be one of {', '.join(DTYPES)}")
         _check(self.device in ("auto", "cpu", "cuda"), "model.device", self.device, "must be auto, cpu or cuda")
         _check(bool(self.path), "model.path", self.path, "must name a folder with a safetensors checkpoint")
@@ -75,7 +77,8 @@ class ElasticConfig:
         slots = self.slots_per_rank
         _check(slots is None or slots >= 1, "elastic.slots_per_rank", slots, "must be null, or 1 or more")
         for key in ("exchange_timeout_s", "start_timeout_s", "hang_timeout_s"):
-            _check(getattr(self, key) > 0, f"elastic.{key}", getattr(self, key), "must be more than 0 seconds")
+            ok = 0 < getattr(self, key) < math.inf
+            _check(ok, f"elastic.{key}", getattr(self, key), "must be more than 0 seconds, and finite")
         _check(self.max_quick_deaths >= 1, "elastic.max_quick_deaths", self.max_quick_deaths, "must be 1 or more")
         urls = [url for url in self.lighthouse.split(",") if url]
         ok = all(url.startswith("http://") for url in urls)

@@ -72,4 +72,5 @@ def _check_keys(schema: type, overrides: list[str]) -> None:
 def _one_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     key = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
+    key = key or getattr(error, "override", None)  # of one that Hydra cannot parse
     return f"{key}: {lines[0]}" if key else lines[0]

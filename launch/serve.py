@@ -9,6 +9,7 @@ first rank of a node, the HTTP front end and a lighthouse.
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 REPO = str(Path(__file__).resolve().parent.parent)
@@ -24,23 +25,30 @@ from launch.config import help_text, load
 USAGE = "usage: torchrun [--nnodes N] --nproc-per-node RANKS launch/serve.py [GROUP=OPTION ...] [KEY=VALUE ...]"
 
 
+def attempt_folder(environ: Mapping[str, str]) -> Path | None:
+    """What this node's processes of this start share: torchrun's folder for error files. None without torchrun."""
+    error_file = environ.get("TORCHELASTIC_ERROR_FILE")
+    return Path(error_file).parent.parent if error_file else None
+
+
 def main() -> int:
     """Parse, validate, serve."""
     overrides = sys.argv[1:]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [REPO, os.environ.get("PYTHONPATH")]))  # for the children
     os.environ.setdefault("RUST_LOG", "error")  # torchft tells of every heartbeat
-    launch = Launch.from_torchrun(os.environ)
-    if "--help" in overrides or "-h" in overrides:
-        if launch.rank == 0:
-            print(help_text(ServeConfig, USAGE))
-        return 0
+    attempt = attempt_folder(os.environ)
     try:
+        launch = Launch.from_torchrun(os.environ)
+        if "--help" in overrides or "-h" in overrides:
+            if launch.rank == 0:
+                print(help_text(ServeConfig, USAGE))
+            return 0
         config = load(ServeConfig, "config", overrides)
         listener = listen(config.server) if launch.local_rank == 0 else None
     except ValueError as error:
-        complain(str(error), launch.local_rank)
+        complain(str(error), attempt)
         return 2
-    return RankSupervisor(config, launch, listener).run()
+    return RankSupervisor(config, launch, listener, attempt).run()
 
 
 if __name__ == "__main__":

@@ -26,10 +26,12 @@ class Launch(msgspec.Struct, frozen=True):
         """From the environment torchrun gives its processes; a lone process without it is rank 0 of 1.
 
         Raises:
-            ValueError: the environment has only a part of torchrun's variables.
+            ValueError: the environment has only a part of torchrun's variables, or no real port.
         """
         if "RANK" not in environ:
             return cls()
+        if environ.get("MASTER_PORT") == "0":
+            raise ValueError("torchrun --master-port 0 tells its ranks no port: give one, or --standalone on one node")
         try:
             return cls(
                 rank=int(environ["RANK"]),

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from elastic_moe.membership.channel import channel_pair
@@ -120,12 +121,15 @@ class Supervisor:
             child.end(deadline)
 
 
-def complain(line: str, local_rank: int) -> None:
-    """Print one line about a user's mistake, once per node although every rank of it finds the same.
+def complain(line: str, folder: Path | None) -> None:
+    """Print one line about a user's mistake, once although every rank finds the same, each at its own time.
 
-    Ranks other than the first wait: torchrun stops them as soon as the first has exited.
+    Of the processes that share `folder`, the first to put its claim there prints; with None every caller does.
     """
-    if local_rank:
-        time.sleep(2.0)
+    if folder is not None:
+        try:
+            (folder / "elastic_moe_complaint").touch(exist_ok=False)
+        except FileExistsError:
+            return
     sys.stderr.write(f"elastic_moe: {line}\n")
     sys.stderr.flush()

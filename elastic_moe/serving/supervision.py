@@ -3,6 +3,7 @@
 import socket
 import sys
 import time
+from pathlib import Path
 
 import zmq
 
@@ -25,11 +26,15 @@ ENGINE, FRONT_END, LIGHTHOUSE = "engine", "front end", "lighthouse"
 class RankSupervisor:
     """Owns the children of one rank. `run` returns the exit code when the launch is over for this rank."""
 
-    def __init__(self, config: ServeConfig, launch: Launch, listener: socket.socket | None) -> None:
-        """`listener` is the node's HTTP socket, on its first rank: it outlives every front end."""
+    def __init__(
+        self, config: ServeConfig, launch: Launch, listener: socket.socket | None, attempt: Path | None = None
+    ) -> None:
+        """`listener` is the node's HTTP socket, on its first rank: it outlives every front end. `attempt` is a folder
+        that the ranks of this node share for this start; see `complain`."""
         self._config = config
         self._launch = launch
         self._listener = listener
+        self._attempt = attempt
         self._supervisor = Supervisor()
         self._lighthouse = ""
         self._view: View | None = None
@@ -57,7 +62,7 @@ class RankSupervisor:
             self._supervisor.stop()
             self._context.destroy(linger=0)
         if self._refused:
-            complain(self._refused, self._launch.local_rank)
+            complain(self._refused, self._attempt)
         return code
 
     def _turn(self) -> int | None:
@@ -101,7 +106,7 @@ class RankSupervisor:
         elif event.child == LIGHTHOUSE:
             self._start_lighthouse()
         elif self._view is None:
-            complain(f"rank {self._launch.rank}: the engine ended with code {event.code} before it served", 0)
+            complain(f"rank {self._launch.rank}: the engine ended with code {event.code} before it served", None)
             return 1
         else:
             self._announce_death()
@@ -114,11 +119,11 @@ class RankSupervisor:
         self._quick_deaths = self._quick_deaths + 1 if now - self._started < QUICK_DEATH_S else 0
         if self._refused or self._quick_deaths > limit:
             reason = self._refused or f"it died {self._quick_deaths} times within {QUICK_DEATH_S:.0f} s of its start"
-            complain(f"rank {rank}: given up ({reason}); the others serve without it", 0)
+            complain(f"rank {rank}: given up ({reason}); the others serve without it", None)
             return
         wait = BACKOFF_S * 2 ** (self._quick_deaths - 2) if self._quick_deaths > 1 else 0.0
         self._respawn_at = now + wait
-        complain(f"rank {rank}: the engine ended with code {event.code}; respawn in {wait:.0f} s", 0)
+        complain(f"rank {rank}: the engine ended with code {event.code}; respawn in {wait:.0f} s", None)
 
     def _announce_death(self) -> None:
         """Tell all engines, in milliseconds, that this rank's process is gone."""
@@ -143,7 +148,7 @@ class RankSupervisor:
         silent, idle = now - self._beat_at, now - self._progress_at
         if silent > limit or idle > limit:
             what = f"silent for {silent:.1f} s" if silent > limit else f"without progress for {idle:.1f} s"
-            complain(f"rank {self._launch.rank}: the engine (pid {engine.pid}) is {what}; killing it", 0)
+            complain(f"rank {self._launch.rank}: the engine (pid {engine.pid}) is {what}; killing it", None)
             self._beat = None
             engine.kill()
 

@@ -1,0 +1,218 @@
+"""Batcher on one rank, with a tiny random model: which tokens come out, whatever happens on the way."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from families import FAMILIES, build
+
+from elastic_moe.config import ServingConfig
+from elastic_moe.integrations.transformers import elasticize
+from elastic_moe.membership.launch import Launch
+from elastic_moe.runtime import ElasticRuntime
+from elastic_moe.serving.batching import Batcher
+from elastic_moe.serving.protocol import Sampling, Submit
+
+PAGE = 8
+PROMPTS = {"a": [5, 6, 7], "b": list(range(10, 41)), "c": [9] * 17, "d": [40, 3, 40]}
+NEW_TOKENS = {"a": 12, "b": 5, "c": 20, "d": 1}
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[torch.nn.Module]:
+    runtime = ElasticRuntime.join(Launch(), device=torch.device("cpu"))
+    yield elasticize(build(FAMILIES["qwen3_moe"]()), runtime).eval()
+    runtime.close()
+
+
+@pytest.fixture(scope="module")
+def greedy() -> dict[str, list[int]]:
+    """What transformers' own generate makes of each prompt alone."""
+    alone = build(FAMILIES["qwen3_moe"]())
+    return {
+        name: alone.generate(
+            torch.tensor([prompt]), max_new_tokens=NEW_TOKENS[name], do_sample=False, eos_token_id=None
+        )[0, len(prompt) :].tolist()
+        for name, prompt in PROMPTS.items()
+    }
+
+
+class Harness:
+    """A batcher, with what it delivered: tokens by request, checked to be without gaps, and how each one ended."""
+
+    def __init__(self, model: torch.nn.Module, eos: tuple[int, ...] = (), **settings: object) -> None:
+        config = ServingConfig(**({"page_size": PAGE, "kv_cache_tokens": 512, "max_batch_tokens": 16} | settings))
+        self.batcher = Batcher(model, config, eos, self._deliver)
+        self.tokens: dict[str, list[int]] = {}
+        self.finish: dict[str, str] = {}
+
+    def submit(self, name: str, **settings: object) -> None:
+        self.batcher.submit(Submit(**({
+            "request_id": name, "tokens": PROMPTS[name], "num_generated": 0, "max_new_tokens": NEW_TOKENS[name],
+        } | settings)))  # fmt: skip
+
+    def step(self, num_forwards: int = 1) -> bool:
+        if not self.batcher.prepare():
+            return False
+        for _ in range(num_forwards):
+            self.batcher.forward()
+        self.batcher.commit()
+        return True
+
+    def run(self, num_forwards: int = 1) -> dict[str, list[int]]:
+        for _ in range(1000):
+            if not self.batcher.has_requests:
+                return self.tokens
+            self.step(num_forwards)
+        raise AssertionError("requests are left")
+
+    def _deliver(self, request_id: str, start: int, tokens: list[int], finish: str, error: str) -> None:
+        assert not error
+        known = self.tokens.setdefault(request_id, [None] * start)
+        assert start == len(known)
+        known += tokens
+        if finish:
+            assert request_id not in self.finish
+            self.finish[request_id] = finish
+
+
+def test_a_mixed_batch_equals_each_request_alone(model, greedy):
+    harness = Harness(model)
+    for name in PROMPTS:
+        harness.submit(name)
+    assert (harness.batcher.running, harness.batcher.waiting) == (0, 4)
+    assert harness.run() == greedy
+    assert harness.finish == dict.fromkeys(PROMPTS, "length")
+    assert (harness.batcher.running, harness.batcher.waiting) == (0, 0)
+    assert harness.batcher.tokens_generated == sum(NEW_TOKENS.values())
+
+
+def test_a_repeated_forward_writes_the_same_cache_and_picks_the_same_tokens(model, greedy):
+    harness = Harness(model)
+    for name in PROMPTS:
+        harness.submit(name, sampling=Sampling(0.8, 0.9, seed=3) if name == "c" else Sampling())
+    cache = harness.batcher._processor.cache
+    for _ in range(3):
+        assert harness.batcher.prepare()
+        harness.batcher.forward()
+        written = cache.cache_tensor.clone()  # bytes of all keys and values
+        harness.batcher.forward()
+        assert torch.equal(written, cache.cache_tensor)
+        harness.batcher.commit()
+    repeated = harness.run(num_forwards=2)
+    once = Harness(model)
+    once.submit("c", sampling=Sampling(0.8, 0.9, seed=3))
+    assert repeated == greedy | once.run()
+    assert repeated["c"] != greedy["c"]
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.8, 0.95, seed=11)])
+def test_a_request_that_moves_goes_on_with_the_tokens_it_would_have_had(model, sampling):
+    whole = Harness(model)
+    whole.submit("c", sampling=sampling)
+    tokens = whole.run()["c"]
+    for done in (1, 7, 19):
+        moved = Harness(model)
+        moved.submit(
+            "c",
+            tokens=PROMPTS["c"] + tokens[:done],
+            num_generated=done,
+            max_new_tokens=NEW_TOKENS["c"] - done,
+            sampling=sampling,
+        )
+        assert moved.run()["c"][done:] == tokens[done:]
+
+
+def test_the_end_of_sequence_token_is_the_last_one(model, greedy):
+    eos = greedy["c"][4]
+    harness = Harness(model, eos=(eos,))
+    harness.submit("c")
+    assert harness.run()["c"] == greedy["c"][: greedy["c"].index(eos) + 1]
+    assert harness.finish == {"c": "stop"}
+
+
+def test_a_cancelled_request_frees_its_cache(model):
+    harness = Harness(model, prefix_caching=False)
+    cache = harness.batcher._processor.cache
+    free = cache.compute_free_capacity()
+    for name in ("b", "c"):
+        harness.submit(name)
+    for _ in range(4):
+        harness.step()
+    assert harness.batcher.running
+    assert cache.compute_free_capacity() < free
+    for name in ("b", "c", "unknown"):
+        harness.batcher.cancel(name)
+    assert harness.batcher.has_requests  # so that the next prepare comes, and frees
+    assert not harness.step()
+    assert (harness.batcher.running, harness.batcher.waiting, harness.batcher.has_requests) == (0, 0, False)
+    assert cache.compute_free_capacity() == free
+    assert harness.finish == {}
+
+
+def test_a_request_cancelled_before_it_was_scheduled_never_runs(model):
+    harness = Harness(model)
+    harness.submit("a")
+    harness.batcher.cancel("a")
+    assert not harness.step()
+    assert not harness.batcher.has_requests
+    assert harness.tokens == {}
+
+
+def test_a_request_of_the_same_id_replaces_the_first(model, greedy):
+    harness = Harness(model)
+    harness.submit("c")
+    for _ in range(5):
+        harness.step()
+    had = harness.tokens["c"]
+    assert 0 < len(had) < NEW_TOKENS["c"]
+    first = len(had) - 1  # as if the last token had been lost on its way
+    del had[first:]
+    harness.submit("c", tokens=PROMPTS["c"] + had, num_generated=first, max_new_tokens=NEW_TOKENS["c"] - first)
+    assert harness.run()["c"] == greedy["c"]
+    assert harness.finish == {"c": "length"}
+
+
+@pytest.mark.parametrize(("tokens", "max_new_tokens"), [([], 4), ([1], 0), ([1] * 500, 13), ([1], 512)])
+def test_what_cannot_fit_is_refused(model, tokens, max_new_tokens):
+    harness = Harness(model)
+    with pytest.raises(ValueError, match="at most serving\\.kv_cache_tokens=512"):
+        harness.submit("a", tokens=tokens, max_new_tokens=max_new_tokens)
+    assert not harness.batcher.has_requests
+
+
+def test_the_longest_request_that_fits_runs_to_its_end(model):
+    harness = Harness(model, kv_cache_tokens=64)
+    harness.submit("a", tokens=[4] * 40, max_new_tokens=24)
+    assert len(harness.run()["a"]) == 24
+
+
+def test_requests_that_do_not_fit_together_take_turns(model, greedy):
+    harness = Harness(model, kv_cache_tokens=48)
+    for name in PROMPTS:
+        harness.submit(name)
+    assert harness.run() == greedy
+
+
+def test_more_requests_than_places_wait(model, greedy):
+    harness = Harness(model, max_requests=2)
+    for name in PROMPTS:
+        harness.submit(name)
+    harness.step()
+    assert harness.batcher.running <= 2
+    assert harness.batcher.running + harness.batcher.waiting >= 3  # "d" may have its one token already
+    assert harness.run() == greedy
+
+
+@pytest.mark.parametrize("prefix_caching", [True, False])
+def test_a_shared_beginning_changes_no_token(model, greedy, prefix_caching):
+    harness = Harness(model, prefix_caching=prefix_caching)
+    harness.submit("b")
+    harness.run()
+    longer = PROMPTS["b"] + greedy["b"]
+    harness.submit("b", tokens=longer, num_generated=5, max_new_tokens=8)
+    harness.finish.clear()
+    again = harness.run()["b"]
+    fresh = Harness(model, prefix_caching=False)
+    fresh.submit("b", max_new_tokens=13)
+    assert again == fresh.run()["b"]

@@ -1,0 +1,204 @@
+"""The engine's mailbox, with front ends that are plain DEALER sockets."""
+
+import queue
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import msgspec
+import pytest
+import zmq
+
+from elastic_moe.membership.view import Member, View
+from elastic_moe.serving import mailbox as module
+from elastic_moe.serving.mailbox import Mailbox
+from elastic_moe.serving.protocol import (
+    AskView,
+    Cancel,
+    Hello,
+    Invite,
+    Knock,
+    PeerDied,
+    Status,
+    Submit,
+    Tokens,
+    Wake,
+    decode_to_front_end,
+    encode,
+)
+
+STATUS = Status(rank=3, incarnation="x", phase="serving", view=View(1, (Member(3, 0, "x", 1, "host", "", ""),)))
+WAIT_S = 10.0
+
+
+class FrontEnd:
+    """A DEALER."""
+
+    def __init__(self, context: zmq.Context, address: str) -> None:
+        self.socket = context.socket(zmq.DEALER)
+        self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.connect(address)
+
+    def send(self, message: msgspec.Struct) -> None:
+        self.socket.send(encode(message))
+
+    def receive(self, within_s: float = WAIT_S) -> Tokens | Status | None:
+        """The next message, None when there is none in time."""
+        return decode_to_front_end(self.socket.recv()) if self.socket.poll(within_s * 1000) else None
+
+
+class Harness:
+    """A mailbox that reports `status`, and whoever talks to it."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self.status: Status | None = STATUS
+        self._stack = stack
+        self._context = stack.enter_context(zmq.Context())
+        self.words: queue.SimpleQueue[object] = queue.SimpleQueue()
+        """About members, as the engine hears them."""
+        self.mailbox = Mailbox("127.0.0.1", lambda: self.status, self.words.put)
+        self.mailbox.start()
+
+    def front_end(self) -> FrontEnd:
+        front_end = FrontEnd(self._context, self.mailbox.address)
+        self._stack.callback(front_end.socket.close)
+        return front_end
+
+    def next(self) -> object:
+        return self.mailbox.inbox.get(timeout=WAIT_S)
+
+
+@pytest.fixture
+def harness() -> Iterator[Harness]:
+    with ExitStack() as stack:
+        yield Harness(stack)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports every 50 ms; a front end is gone after 0.4 s."""
+    monkeypatch.setattr(module, "STATUS_EVERY_S", 0.05)
+    monkeypatch.setattr(module, "FRONT_END_GONE_S", 0.4)
+
+
+def submit(request_id: str) -> Submit:
+    return Submit(request_id, [1, 2, 3], 0, 8)
+
+
+def test_hello_is_answered_with_a_status_at_once(harness: Harness):
+    front_end = harness.front_end()
+    front_end.send(Hello("a"))
+    assert front_end.receive() == STATUS
+
+
+def test_there_is_no_answer_before_there_is_a_status(harness: Harness, quick: None):
+    harness.status = None
+    front_end = harness.front_end()
+    front_end.send(Hello("a"))
+    assert front_end.receive(0.3) is None
+    harness.status = STATUS
+    assert front_end.receive() == STATUS
+
+
+def test_every_front_end_hears_the_status_again_and_again(harness: Harness, quick: None):
+    front_ends = [harness.front_end() for _ in range(2)]
+    for front_end in front_ends:
+        front_end.send(Hello("a"))
+    for _ in range(3):
+        assert [front_end.receive() for front_end in front_ends] == [STATUS, STATUS]
+
+
+def test_announce_does_not_wait_for_the_next_turn(harness: Harness, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "STATUS_EVERY_S", 1000.0)
+    front_end = harness.front_end()
+    front_end.send(Hello("a"))
+    while front_end.receive(0.2):  # the answer, and the first turn
+        pass
+    harness.mailbox.announce()
+    assert front_end.receive() == STATUS
+
+
+def test_requests_come_in_order(harness: Harness):
+    front_end = harness.front_end()
+    sent = [submit("a"), Cancel("a"), submit("b"), submit("a"), Cancel("unknown")]
+    for message in sent:
+        front_end.send(message)
+    assert [harness.next() for _ in sent] == sent
+
+
+def test_tokens_go_to_the_front_end_that_asked(harness: Harness):
+    first, second = harness.front_end(), harness.front_end()
+    first.send(submit("a"))
+    second.send(submit("b"))
+    assert {harness.next().request_id for _ in range(2)} == {"a", "b"}
+    for tokens in (Tokens("b", "x", 0, [5]), Tokens("a", "x", 0, [6]), Tokens("nobody", "x", 0, [7])):
+        harness.mailbox.send(tokens)
+    assert first.receive() == Tokens("a", "x", 0, [6])
+    assert second.receive() == Tokens("b", "x", 0, [5])
+
+
+def test_a_request_has_no_owner_after_its_end_or_its_cancellation(harness: Harness):
+    front_end = harness.front_end()
+    for request_id in ("a", "b"):
+        front_end.send(submit(request_id))
+    front_end.send(Cancel("b"))
+    for _ in range(3):
+        harness.next()
+    for tokens in (
+        Tokens("b", "x", 0, [1]),
+        Tokens("a", "x", 0, [1], "length"),
+        Tokens("a", "x", 1, [2]),
+    ):
+        harness.mailbox.send(tokens)
+    assert front_end.receive() == Tokens("a", "x", 0, [1], "length")
+    assert front_end.receive(0.2) is None
+
+
+def test_a_peer_rings_the_bell(harness: Harness):
+    with ExitStack() as stack:
+        peer = Harness(stack)
+        for step in (4, 5):
+            peer.mailbox.tell([harness.mailbox.address], Wake(2, step))
+        assert [harness.next() for _ in range(2)] == [Wake(2, 4), Wake(2, 5)]
+
+
+@pytest.mark.parametrize("word", [AskView(4), PeerDied(2, "y"), Knock(STATUS.view.members[0]), Invite(STATUS.view)])
+def test_words_about_members_reach_the_engine_at_once_and_wake_the_step_loop(harness: Harness, word: msgspec.Struct):
+    with ExitStack() as stack:
+        peer = Harness(stack)
+        peer.mailbox.tell([harness.mailbox.address], word)
+        assert harness.next() is None
+        assert harness.words.get_nowait() == word
+
+
+@pytest.mark.parametrize("frames", [[b""], [b"\xff\x00garbage"], [b"a", b"b", b""], [encode(STATUS)], [b"\x80"]])
+def test_strange_frames_are_ignored(harness: Harness, frames: list[bytes]):
+    stranger, front_end = harness.front_end(), harness.front_end()
+    stranger.socket.send_multipart(frames)
+    front_end.send(submit("a"))
+    assert harness.next() == submit("a")
+    front_end.send(Hello("a"))
+    assert front_end.receive() == STATUS
+
+
+def test_the_requests_of_a_silent_front_end_are_cancelled(harness: Harness, quick: None):
+    silent, alive = harness.front_end(), harness.front_end()
+    for front_end, request_id in ((silent, "a"), (alive, "b")):
+        front_end.send(Hello(request_id))
+        front_end.send(submit(request_id))
+    assert {harness.next().request_id for _ in range(2)} == {"a", "b"}
+    cancelled = None
+    for _ in range(100):
+        alive.send(Hello("b"))
+        alive.receive(0.05)
+        try:
+            cancelled = harness.mailbox.inbox.get_nowait()
+            break
+        except queue.Empty:
+            continue
+    assert cancelled == Cancel("a")
+    harness.mailbox.send(Tokens("a", "x", 0, [1]))
+    harness.mailbox.send(Tokens("b", "x", 0, [2]))
+    while isinstance(message := alive.receive(), Status):
+        pass
+    assert message == Tokens("b", "x", 0, [2])
+    assert harness.mailbox.inbox.empty()

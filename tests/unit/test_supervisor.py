@@ -1,0 +1,140 @@
+"""Supervisor and its children, which are one-line Python programs here."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from elastic_moe.membership import supervisor as module
+from elastic_moe.membership.channel import Ready
+from elastic_moe.membership.supervisor import Event, Supervisor, complain
+
+CHILD = """
+import signal, subprocess, sys, time
+from elastic_moe.membership.channel import Channel, Ready
+channel = Channel.of_child(int(sys.argv[-1]))
+"""
+TELLS_ITS_CHILD = """
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+channel.send(Ready(str(child.pid)))
+"""
+
+
+@pytest.fixture
+def supervisor() -> Iterator[Supervisor]:
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    supervisor = Supervisor()
+    yield supervisor
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+    for child in supervisor.children.values():
+        child.end(0)
+
+
+def start(supervisor: Supervisor, program: str, name: str = "child") -> None:
+    supervisor.start(name, [sys.executable, "-c", CHILD + program])
+
+
+def next_event(supervisor: Supervisor) -> Event:
+    return supervisor.events.get(timeout=20)
+
+
+def detail(event: Event) -> str:
+    assert isinstance(event.message, Ready)
+    return event.message.detail
+
+
+def is_gone(pid: int, within_s: float) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        deadline = time.monotonic() + within_s
+        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.02)
+    return True
+
+
+@pytest.mark.parametrize(("end", "code"), [("sys.exit(3)", 3), ("signal.raise_signal(signal.SIGKILL)", -9), ("", 0)])
+def test_messages_come_before_the_end_and_the_end_has_its_code(supervisor: Supervisor, end: str, code: int):
+    start(supervisor, f"channel.send(Ready('one')); channel.send(Ready('two')); {end}")
+    assert [detail(next_event(supervisor)) for _ in range(2)] == ["one", "two"]
+    assert next_event(supervisor) == Event("child", code=code)
+
+
+def test_children_are_told_apart(supervisor: Supervisor):
+    start(supervisor, "channel.receive(); sys.exit(4)", "first")
+    start(supervisor, "sys.exit(5)", "second")
+    assert next_event(supervisor) == Event("second", code=5)
+    supervisor.children["first"].channel.send(Ready())  # of no type it knows: it ends with a traceback
+    assert next_event(supervisor).child == "first"
+
+
+def test_signals_are_events(supervisor: Supervisor):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        os.kill(os.getpid(), number)
+        assert next_event(supervisor) == Event("", code=number)
+
+
+def test_stop_ends_children_that_obey_at_once(supervisor: Supervisor):
+    for name in ("first", "second"):
+        start(supervisor, "channel.send(Ready()); time.sleep(100)", name)
+    for _ in range(2):
+        detail(next_event(supervisor))
+    begin = time.monotonic()
+    supervisor.stop()
+    assert time.monotonic() - begin < module.STOP_GRACE_S / 2
+    assert sorted(next_event(supervisor) for _ in range(2)) == [Event("first", code=-15), Event("second", code=-15)]
+
+
+def test_stop_kills_who_does_not_obey_with_all_it_started(supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "STOP_GRACE_S", 0.3)
+    start(supervisor, f"signal.signal(signal.SIGTERM, signal.SIG_IGN)\n{TELLS_ITS_CHILD}\ntime.sleep(100)")
+    grandchild = int(detail(next_event(supervisor)))
+    begin = time.monotonic()
+    supervisor.stop()
+    assert 0.3 <= time.monotonic() - begin < 3
+    assert next_event(supervisor) == Event("child", code=-9)
+    assert is_gone(grandchild, 2)
+
+
+def test_a_child_reads_the_end_of_its_supervisor(supervisor: Supervisor):
+    start(supervisor, "channel.send(Ready()); sys.exit(7 if channel.receive() is None else 8)")
+    detail(next_event(supervisor))
+    supervisor.children["child"].channel._sock.shutdown(2)  # as the kernel does when the process is gone
+    assert next_event(supervisor) == Event("child", code=7)
+
+
+def test_a_child_that_listens_to_nothing_dies_with_its_supervisor(tmp_path: Path):
+    program = f"""
+import sys
+from elastic_moe.membership.supervisor import Supervisor
+supervisor = Supervisor()
+supervisor.start("deaf", [sys.executable, "-c", {CHILD + "channel.send(Ready(str(__import__('os').getpid()))); time.sleep(100)"!r}])
+print(supervisor.events.get().message.detail, flush=True)
+supervisor.events.get()
+"""  # noqa: E501
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    with parent:
+        child = int(parent.stdout.readline())
+        assert not is_gone(child, 0)
+        parent.kill()
+        assert is_gone(child, 2)
+
+
+def test_a_complaint_is_printed_once_for_all_that_share_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture):
+    for _ in range(3):
+        complain("no such key", tmp_path)
+    assert capsys.readouterr().err == "elastic_moe: no such key\n"
+    for _ in range(2):
+        complain("no such key", None)
+    assert capsys.readouterr().err == "elastic_moe: no such key\n" * 2
