@@ -35,6 +35,7 @@ def main() -> int:
     """Parse, validate, serve."""
     overrides = sys.argv[1:]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [REPO, os.environ.get("PYTHONPATH")]))  # for the children
+    os.environ.setdefault("RUST_LOG", "error")  # torchft tells of every heartbeat
     attempt = attempt_folder(os.environ)
     try:
         launch = Launch.from_torchrun(os.environ)

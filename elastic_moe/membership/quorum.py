@@ -31,6 +31,8 @@ TICK_MS = 10
 CALL_TIMEOUT_S = 25.0
 CONNECT_TIMEOUT_S = 1.0
 KNOCK_EVERY_S = 0.5
+PATIENCE_S = 10.0
+"""A newcomer whom nobody invites for this long asks all the same: there may be no member left."""
 SPOKEN_FOR_S = 3.0
 """How long after its end a process is spoken for: longer than its last heartbeat can count."""
 
@@ -117,13 +119,15 @@ class Membership:
                 asking = False
 
     def _await_invitation(self, view: View, knock: Callable[[View], None], deadline: float) -> View:
-        while time.monotonic() < deadline:
+        patience = min(deadline, time.monotonic() + PATIENCE_S)
+        while time.monotonic() < patience:
+            self._send_heartbeat({})  # before the knock: members that ask right away must already wait for us
             knock(view)
             try:
                 return self._invitations.get(timeout=KNOCK_EVERY_S)
             except queue.Empty:
                 continue
-        raise PeerLost(f"nobody in epoch {view.epoch} took this process in")
+        return view
 
     def _ask(self, after: int, future: "Future[View]") -> None:
         try:
@@ -162,15 +166,17 @@ class Membership:
         threading.Thread(target=speak, name="speak", daemon=True).start()
 
     def _beat(self) -> None:
-        name = _name(self._me.rank, self._me.incarnation)
         clients: dict[str, LighthouseClient] = {}
         while not self._closed.wait(HEARTBEAT_S):
-            if not self._beating.wait(HEARTBEAT_S):
-                continue
-            try:
-                self._call(clients, lambda client: client.heartbeat(name, timedelta(seconds=1)))
-            except PeerLost as error:
-                log.debug("%s", error)
+            if self._beating.wait(HEARTBEAT_S):
+                self._send_heartbeat(clients)
+
+    def _send_heartbeat(self, clients: dict[str, LighthouseClient]) -> None:
+        name = _name(self._me.rank, self._me.incarnation)
+        try:
+            self._call(clients, lambda client: client.heartbeat(name, timedelta(seconds=1)))
+        except PeerLost as error:
+            log.debug("%s", error)
 
     def _call(self, clients: dict[str, LighthouseClient], call: Callable[[LighthouseClient], Answer]) -> Answer:
         """`call` on the first lighthouse that answers; `clients` keeps the connections of one thread."""
