@@ -62,7 +62,8 @@ def elasticize(
     """Replace the experts modules of `model`, in place, by `ElasticMoELayer`s and load this rank's slots.
 
     With `checkpoint`, `model` is on the meta device (`meta_model`): dense weights are read whole, experts one at a
-    time into their slots and nowhere else; the files stay open (mapped), the last source of a lost expert. Without, `model` holds all its weights and each rank keeps its share.
+    time into their slots and nowhere else; the files stay open (mapped), the last source of a lost expert. Without,
+    `model` holds all its weights and each rank keeps its share.
 
     Args:
         model: a transformers MoE model whose blocks call `experts(hidden_states, top_k_index, top_k_weights)`.

@@ -18,8 +18,8 @@ PROMPTS = {"a": [5, 6, 7], "b": list(range(10, 41)), "c": [9] * 17, "d": [40, 3,
 REQUIRED = ("deepseek_v2", "deepseek_v3", "gpt_oss", "mixtral")
 NOT_SERVED = {
     "axk2", "bailing_hybrid", "deepseek_v32", "deepseek_v4", "dots3_note_text", "glm_moe_dsa", "granitemoehybrid",
-    "hy_v4", "inkling2_text", "inkling_text", "jamba", "kimi_linear", "lfm2_moe", "mimo_v2_flash", "minimax", "nemotron_h",
-    "qwen3_5_moe_text", "qwen3_next", "qwen4_exp_text", "zaya",
+    "hy_v4", "inkling2_text", "inkling_text", "jamba", "kimi_linear", "lfm2_moe", "mimo_v2_flash", "minimax",
+    "nemotron_h", "qwen3_5_moe_text", "qwen3_next", "qwen4_exp_text", "zaya",
 }  # fmt: skip
 """Continuous batching of transformers 5.23 cannot cache their layers (and fails on the attention of mimo_v2_flash)."""
 NEW_TOKENS = {"a": 12, "b": 5, "c": 20, "d": 1}
