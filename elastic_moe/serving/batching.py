@@ -17,6 +17,7 @@ from transformers.generation.continuous_batching.model_runner import ModelRunner
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
 from elastic_moe.config import ServingConfig
+from elastic_moe.serving.paged_cache import cache_sizes, pad_values
 from elastic_moe.serving.protocol import Sampling, Submit
 from elastic_moe.serving.sampling import pick
 
@@ -84,7 +85,11 @@ class Batcher:
     def __init__(
         self, model: PreTrainedModel, config: ServingConfig, eos_token_ids: Sequence[int], deliver: Deliver
     ) -> None:
-        """`deliver` is called in `commit` for every new token and for the end of every request."""
+        """`deliver` is called in `commit` for every new token and for the end of every request.
+
+        Raises:
+            ValueError: the model has layers that continuous batching cannot cache.
+        """
         self._model = model
         self._config = config
         self._eos = list(eos_token_ids)
@@ -108,9 +113,11 @@ class Batcher:
             seed=0,
         )
         greedy = GenerationConfig(do_sample=False, eos_token_id=self._eos or -1)
-        self._manager = ContinuousBatchingManager(cast("Any", model), greedy, batching)
-        self._manager.output_router = _Outbox(self._on_output)
-        self._processor = self._manager._create_batch_processor()
+        with cache_sizes(model):
+            self._manager = ContinuousBatchingManager(cast("Any", model), greedy, batching)
+            self._manager.output_router = _Outbox(self._on_output)
+            self._processor = self._manager._create_batch_processor()
+        pad_values(self._processor.cache, model)
         self._processor.model_runner = _SeededRunner(self._processor.model_runner, self._requests)
 
     @property

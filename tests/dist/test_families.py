@@ -36,7 +36,9 @@ def forward_all(launch, folder):
     return logits
 
 
-@pytest.mark.parametrize("family", REQUIRED)
+@pytest.mark.parametrize(
+    "family", [*REQUIRED, *(pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES if f not in REQUIRED)]
+)
 def test_logits_equal_transformers(family, tmp_path):
     model = build(FAMILIES[family]())
     model.save_pretrained(tmp_path)

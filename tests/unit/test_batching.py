@@ -15,6 +15,13 @@ from elastic_moe.serving.protocol import Sampling, Submit
 
 PAGE = 8
 PROMPTS = {"a": [5, 6, 7], "b": list(range(10, 41)), "c": [9] * 17, "d": [40, 3, 40]}
+REQUIRED = ("deepseek_v2", "deepseek_v3", "gpt_oss", "mixtral")
+NOT_SERVED = {
+    "axk2", "bailing_hybrid", "deepseek_v32", "deepseek_v4", "dots3_note_text", "glm_moe_dsa", "granitemoehybrid",
+    "hy_v4", "inkling2_text", "inkling_text", "jamba", "kimi_linear", "lfm2_moe", "mimo_v2_flash", "minimax",
+    "nemotron_h", "qwen3_5_moe_text", "qwen3_next", "qwen4_exp_text", "zaya",
+}  # fmt: skip
+"""Continuous batching of transformers 5.23 cannot cache their layers (and fails on the attention of mimo_v2_flash)."""
 NEW_TOKENS = {"a": 12, "b": 5, "c": 20, "d": 1}
 
 
@@ -216,3 +223,33 @@ def test_a_shared_beginning_changes_no_token(model, greedy, prefix_caching):
     fresh = Harness(model, prefix_caching=False)
     fresh.submit("b", max_new_tokens=13)
     assert again == fresh.run()["b"]
+
+
+# Attention of all the kinds that can be cached: grouped queries, sinks and sliding windows, latent with wide keys.
+@pytest.mark.parametrize(
+    "family",
+    [*REQUIRED, *(pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES if f not in {*REQUIRED, *NOT_SERVED})],
+)
+def test_families(family):
+    alone = build(FAMILIES[family]())
+    prompts = {name: PROMPTS[name] for name in ("a", "b", "c")}
+    wanted = {
+        name: alone.generate(
+            torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0
+        )[0, len(prompt) :].tolist()
+        for name, prompt in prompts.items()
+    }
+    runtime = ElasticRuntime.join(Launch(), device=torch.device("cpu"))
+    harness = Harness(elasticize(build(FAMILIES[family]()), runtime).eval())
+    for name in prompts:
+        harness.submit(name, max_new_tokens=8)
+    assert harness.run() == wanted
+    runtime.close()
+
+
+def test_layers_that_cannot_be_cached_are_refused():
+    runtime = ElasticRuntime.join(Launch(), device=torch.device("cpu"))
+    model = elasticize(build(FAMILIES["jamba"]()), runtime)
+    with pytest.raises(ValueError, match="JambaForCausalLM cannot be served by continuous batching: Invalid layer"):
+        Harness(model)
+    runtime.close()
