@@ -103,7 +103,7 @@ class Chaos:
             at=fired.at,
             fired=len(fired.victims) >= len(fault.ranks) and fired.gone(),
             answers=tuple(disturbed.answers),
-            reports=tuple(e for e in await _events(target) if e["report"]["epoch"] > before["epoch"]]),
+            reports=_since(await _events(target), before["epoch"]),
             healed_s=healed_s,
             placement_fault=placement_fault(status) if status is not None else "",
         )

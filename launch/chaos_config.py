@@ -46,7 +46,9 @@ class ChaosConfig:
         for key in ("faults", "requests"):
             _check(getattr(self, key) >= 1, key, getattr(self, key), "must be 1 or more")
         _check(self.nodes in (1, 2), "nodes", self.nodes, "must be 1 or 2")
-        _check(self.ranks >= 2 and self.ranks % self.nodes == 0, "ranks", self.ranks, "must be 2 or more, equal by node")
+        _check(
+            self.ranks >= 2 and self.ranks % self.nodes == 0, "ranks", self.ranks, "must be 2 or more, equal by node"
+        )
         few = self.ranks < 3 and any(kind in PAIRS for kind in kinds)
         _check(not few, "ranks", self.ranks, f"must be 3 or more for {' and '.join(PAIRS)}: one has to survive")
         _check(not self.url or self.url.startswith("http://"), "url", self.url, "must be empty, or http://HOST:PORT")

@@ -7,7 +7,6 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from os.path import commonprefix
 
 from openai import AsyncOpenAI, OpenAIError
 
@@ -166,6 +165,9 @@ def _has_more(longer: str, shorter: str) -> bool:
     """Whether one stretch taken out of `longer` leaves `shorter`."""
     if len(longer) <= len(shorter):
         return False
-    head = len(commonprefix([longer, shorter]))
-    tail = len(commonprefix([longer[::-1], shorter[::-1]]))
-    return head + tail >= len(shorter)
+    head = _num_alike(longer, shorter)
+    return head + _num_alike(longer[::-1], shorter[::-1]) >= len(shorter)
+
+
+def _num_alike(longer: str, shorter: str) -> int:
+    return next((i for i, (a, b) in enumerate(zip(longer, shorter, strict=False)) if a != b), len(shorter))
