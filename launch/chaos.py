@@ -171,7 +171,7 @@ def main() -> int:
     if "--help" in overrides or "-h" in overrides:
         print(help_text(ChaosRunConfig, USAGE))
         return 0
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         config = load(ChaosRunConfig, "chaos", overrides)
         chaos = config.chaos
