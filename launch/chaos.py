@@ -9,6 +9,7 @@ or repeated, a fault did not come, or a rank did not return. 2: it could not sta
 """
 
 import asyncio
+import contextlib
 import json
 import signal
 import sys
@@ -89,7 +90,7 @@ class Chaos:
         try:
             while disturbed.num_pieces < pieces and not running.done():
                 await asyncio.sleep(0.001)
-            fired = Fired(0.0, ()) if running.done() else await fire(fault, engines, node)
+            fired = Fired(0.0, ()) if running.done() else await fire(fault, engines, node, lambda: recovering(target))
             if node and fired.victims and self._own:
                 await asyncio.to_thread(self._own.restart, 1)
             await running
@@ -148,6 +149,14 @@ async def healed(target: Target, num_ranks: int | None, dead: frozenset[int], wi
                 break
         await asyncio.sleep(POLL_S)
     return found
+
+
+async def recovering(target: Target) -> None:
+    """Wait until a rank is seen not to serve; at most a second, which is longer than most recoveries take."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(1.0):
+            while all(m["phase"] == "serving" for m in (await target.status())["members"]):
+                await asyncio.sleep(0.005)
 
 
 async def _events(target: Target) -> list[dict[str, Any]]:
