@@ -28,7 +28,7 @@ def load(schema: type[Schema], config_name: str, overrides: list[str]) -> Schema
     _check_keys(schema, overrides)
     try:
         with initialize_config_dir(str(CONF), version_base=None):
-            composed = compose(config_name, overrides=overrides)
+            composed = compose(config_name, overrides=[_quoted(override) for override in overrides])
         typed = OmegaConf.merge(OmegaConf.structured(schema), composed)
         config: Any = OmegaConf.to_object(typed)
     except (HydraException, OmegaConfBaseException) as error:
@@ -67,6 +67,12 @@ def _check_keys(schema: type, overrides: list[str]) -> None:
         elif key not in keys:
             near = difflib.get_close_matches(key, keys, n=3, cutoff=0.3) or sorted(sections)
             raise ValueError(f"unknown key {key!r}; did you mean {' or '.join(near)}? --help lists all keys")
+
+
+def _quoted(override: str) -> str:
+    """A comma list is one string here; Hydra would take it for a sweep."""
+    key, _, value = override.partition("=")
+    return f"{key}='{value}'" if "," in value and value[0] not in "[{'\"" else override
 
 
 def _one_line(error: Exception) -> str:

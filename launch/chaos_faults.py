@@ -1,0 +1,96 @@
+"""The faults of launch/chaos.py: which, when, at whom - a function of the seed - and how they are done."""
+
+import asyncio
+import contextlib
+import random
+import signal
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import psutil
+
+from launch.chaos_config import PAIRS
+
+AFTER = (0.1, 0.7)
+"""Fraction of the pieces of all answers that has arrived when a fault comes."""
+DELAY_S = (0.0, 0.15)
+"""From the moment the survivors are seen to recover to the second victim of kill_in_recovery."""
+SIGNALS = {"stop": signal.SIGSTOP, "term": signal.SIGTERM}
+"""Of the kinds that do not send SIGKILL."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault to come."""
+
+    kind: str
+    ranks: tuple[int, ...]
+    """The victims, in their order."""
+    after: float
+    delay_s: float
+    """Before the second victim of kill_in_recovery."""
+
+
+@dataclass(frozen=True)
+class Fired:
+    """A fault that came."""
+
+    at: float
+    """Wall-clock time of the first signal."""
+    victims: tuple[psutil.Process, ...]
+    """Those that got the signal."""
+
+    def gone(self) -> bool:
+        """Whether all of them have ended."""
+        return not any(is_alive(process) for process in self.victims)
+
+
+def schedule(seed: int, count: int, kinds: Sequence[str], node_of_rank: Sequence[int]) -> list[Fault]:
+    """`count` faults; each kind comes once before any comes again. kill_node takes the last node only."""
+    rng = random.Random(f"faults {seed}")
+    order = [kind for _ in range(-(-count // len(kinds))) for kind in rng.sample(kinds, len(kinds))]
+    ranks = range(len(node_of_rank))
+    faults = []
+    for kind in order[:count]:
+        victims = rng.sample(ranks, 2 if kind in PAIRS else 1)
+        if kind == "kill_node":
+            victims = [rank for rank in ranks if node_of_rank[rank] == max(node_of_rank)]
+        after, delay_s = rng.uniform(*AFTER), rng.uniform(*DELAY_S)
+        faults.append(Fault(kind, tuple(victims), after, delay_s if kind == "kill_in_recovery" else 0.0))
+    return faults
+
+
+async def fire(
+    fault: Fault,
+    engines: Mapping[int, psutil.Process],
+    node: Sequence[psutil.Process],
+    recovering: Callable[[], Awaitable[None]],
+) -> Fired:
+    """Do it. A victim that is gone before its signal is no victim.
+
+    Args:
+        fault: what to do.
+        engines: the engine processes by rank.
+        node: the process tree that kill_node kills.
+        recovering: waits until the survivors recover.
+    """
+    number = SIGNALS.get(fault.kind, signal.SIGKILL)
+    targets = list(node) if fault.kind == "kill_node" else [engines[rank] for rank in fault.ranks]
+    victims, at = [], time.time()
+    for i, process in enumerate(targets):
+        if i and fault.kind == "kill_in_recovery":
+            await recovering()
+            await asyncio.sleep(fault.delay_s)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
+            victims.append(process)
+    return Fired(at, tuple(victims))
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Whether it has not ended; one that nobody has waited for has."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -1,0 +1,173 @@
+"""The load of launch/chaos.py: seeded requests as a client sends them, their answers, and how two answers compare."""
+
+import asyncio
+import enum
+import math
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from openai import AsyncOpenAI, OpenAIError
+
+PROMPTS = (
+    "In the beginning God created",
+    "And the LORD said unto Moses,",
+    "The LORD is my shepherd;",
+    "And it came to pass in those days, that",
+    "Blessed are the meek: for",
+    "Now the sons of Jacob were",
+    "And David the king said unto",
+    "Verily, verily, I say unto you,",
+    "Then Pharaoh called for",
+    "And when he had opened the seventh seal,",
+    "Paul, an apostle of Jesus Christ",
+    "The words of the Preacher, the son of David,",
+    "To install a package on a Debian system,",
+    "The configuration file of the server is",
+    "The apt-get command",
+    "In order to upgrade the distribution,",
+    "A network interface can be configured",
+    "The kernel modules are",
+    "System logs are kept in",
+    "To create a new user, the administrator",
+    "Mail servers such as Postfix",
+    "The partitioning of the disk",
+    "The str.join() method",
+    "A list comprehension consists of",
+    "The following example shows how to use",
+    "Return a new array of bytes.",
+    "If the file cannot be opened, an OSError",
+    "The asyncio event loop",
+    "Changed in version 3.8:",
+    "Class methods can be called",
+    "The logging module defines",
+    "Raises a ValueError if",
+)
+LENGTHS = (24, 64)
+"""Fewest and most tokens of an answer."""
+TIMEOUT_S = 120.0
+"""Deadline of one stream."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request."""
+
+    prompt: str
+    max_tokens: int
+    temperature: float
+    seed: int
+
+
+@dataclass
+class Answer:
+    """What came of a request, so far."""
+
+    text: str = ""
+    finish: str = ""
+    num_tokens: int = 0
+    error: str = ""
+    arrivals: list[float] = field(default_factory=list)
+    """Wall-clock time of each piece of text."""
+
+
+class Verdict(enum.Enum):
+    """How an answer compares with that of an undisturbed run."""
+
+    SAME = "same"
+    UNFINISHED = "unfinished"
+    DUPLICATED = "duplicated"
+    LOST = "lost"
+    MISMATCHED = "mismatched"
+
+
+def make_asks(seed: int, count: int) -> list[Ask]:
+    """`count` requests, every other one greedy, as a function of the seed."""
+    rng = random.Random(f"load {seed}")
+    prompts = [prompt for _ in range(-(-count // len(PROMPTS))) for prompt in rng.sample(PROMPTS, len(PROMPTS))]
+    return [
+        Ask(prompt, rng.randint(*LENGTHS), temperature=0.8 * (i % 2), seed=rng.randrange(2**31))
+        for i, prompt in enumerate(prompts[:count])
+    ]
+
+
+def compare(wanted: Answer, got: Answer) -> Verdict:
+    """Judge an answer. Duplicated or lost: one stretch of text too much or too little, or another count of tokens."""
+    if not got.finish:
+        return Verdict.UNFINISHED
+    if (got.text, got.num_tokens, got.finish) == (wanted.text, wanted.num_tokens, wanted.finish):
+        return Verdict.SAME
+    if got.num_tokens > wanted.num_tokens or _has_more(got.text, wanted.text):
+        return Verdict.DUPLICATED
+    if got.num_tokens < wanted.num_tokens or _has_more(wanted.text, got.text):
+        return Verdict.LOST
+    return Verdict.MISMATCHED
+
+
+def percentile(values: Sequence[float], percent: float) -> float | None:
+    """The smallest value that at least `percent` of a hundred do not exceed; None of nothing."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(percent / 100 * len(ordered)) - 1)] if ordered else None
+
+
+def gaps_s(answers: Sequence[Answer]) -> list[float]:
+    """Seconds between each two pieces of each stream."""
+    return [b - a for answer in answers for a, b in zip(answer.arrivals, answer.arrivals[1:], strict=False)]
+
+
+class Load:
+    """All requests at once. `answers` fill while it runs."""
+
+    def __init__(self, url: str, model: str, asks: Sequence[Ask]) -> None:
+        """Nothing is sent before `run`."""
+        self.answers = [Answer() for _ in asks]
+        self._url = url
+        self._model = model
+        self._asks = asks
+
+    @property
+    def num_pieces(self) -> int:
+        """Pieces of text that have arrived."""
+        return sum(len(answer.arrivals) for answer in self.answers)
+
+    async def run(self) -> None:
+        """Stream all answers to their end; what fails says so in its answer."""
+        async with AsyncOpenAI(base_url=f"{self._url}/v1", api_key="none", max_retries=0, timeout=TIMEOUT_S) as client:
+            await asyncio.gather(*(self._stream(client, i) for i in range(len(self._asks))))
+
+    async def _stream(self, client: AsyncOpenAI, i: int) -> None:
+        ask, answer = self._asks[i], self.answers[i]
+        try:
+            chunks = await client.completions.create(
+                model=self._model,
+                prompt=ask.prompt,
+                max_tokens=ask.max_tokens,
+                temperature=ask.temperature,
+                seed=ask.seed,
+                stream=True,
+                stream_options={"include_usage": True},
+            )
+            async with asyncio.timeout(TIMEOUT_S):
+                async for chunk in chunks:
+                    for choice in chunk.choices:
+                        if choice.text:
+                            answer.arrivals.append(time.time())
+                            answer.text += choice.text
+                        answer.finish = choice.finish_reason or answer.finish
+                    if chunk.usage:
+                        answer.num_tokens = chunk.usage.completion_tokens
+        except (OpenAIError, OSError, TimeoutError) as error:
+            answer.finish, answer.error = "", f"{type(error).__name__}: {error}"
+
+
+def _has_more(longer: str, shorter: str) -> bool:
+    """Whether one stretch taken out of `longer` leaves `shorter`."""
+    if len(longer) <= len(shorter):
+        return False
+    head = _num_alike(longer, shorter)
+    return head + _num_alike(longer[::-1], shorter[::-1]) >= len(shorter)
+
+
+def _num_alike(longer: str, shorter: str) -> int:
+    return next((i for i, (a, b) in enumerate(zip(longer, shorter, strict=False)) if a != b), len(shorter))

@@ -1,0 +1,118 @@
+"""What launch/chaos.py found: each round's part, and the JSON object of the whole run. Functions of their arguments."""
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from launch.chaos_faults import Fault
+from launch.chaos_load import Answer, Verdict, compare, gaps_s, percentile
+
+PHASES = ("detect", "view", "groups", "repair", "commit", "repeat")
+
+
+@dataclass(frozen=True)
+class Round:
+    """One fault and what came of it."""
+
+    fault: Fault
+    at: float
+    """Wall-clock time of the first signal; 0 when none was sent."""
+    fired: bool
+    """All victims got the signal and are gone."""
+    answers: tuple[Answer, ...]
+    reports: tuple[Mapping[str, Any], ...]
+    """The events of /elastic/events since the round's start: `rank` and `report`."""
+    healed_s: float | None
+    """Until all ranks served again, from the signal; None: not in time."""
+    placement_fault: str
+    """What is wrong with the placements of the healed group; empty: nothing."""
+
+    @property
+    def counted(self) -> bool:
+        """Whether each victim is among the lost of a recovery."""
+        lost = {rank for event in self.reports for rank in event["report"]["lost"]}
+        return self.fired and set(self.fault.ranks) <= lost
+
+
+def placement_fault(status: Mapping[str, Any]) -> str:
+    """What is wrong with the placement that the members of /elastic/status report; empty: nothing."""
+    members = status["members"]
+    if len({(m["placement_version"], m["placement_hash"]) for m in members}) != 1:
+        return "the ranks' placements differ"
+    for layer, rows in enumerate(zip(*(m["slots"] for m in members), strict=True)):
+        missing = set(range(members[0]["num_experts"])) - {expert for row in rows for expert in row}
+        if missing:
+            return f"layer {layer} has no slot with experts {sorted(missing)}"
+    return ""
+
+
+def phases_ms(one: Round) -> dict[str, list[float]]:
+    """Milliseconds in each phase, of each survivor, for the recoveries of this round in which a rank was lost.
+
+    `detect` is of kinds that end the process at once; `repeat` is from the end of the last of these recoveries to
+    the first piece of any answer, so it includes the way to the client.
+    """
+    reports = [e["report"] for e in one.reports if e["report"]["lost"] and e["rank"] not in e["report"]["joined"]]
+    found: dict[str, list[float]] = defaultdict(list)
+    if not reports:
+        return found
+    first, last = min(r["epoch"] for r in reports), max(r["epoch"] for r in reports)
+    for report in reports:
+        if report["epoch"] == first and one.fault.kind.startswith("kill"):
+            found["detect"].append((report["noticed_at"] - one.at) * 1e3)
+        for phase, seconds in report["phase_s"].items():
+            found[phase].append(seconds * 1e3)
+    end = min(r["noticed_at"] + sum(r["phase_s"].values()) for r in reports if r["epoch"] == last)
+    later = [arrival for answer in one.answers for arrival in answer.arrivals if arrival > end]
+    if later:
+        found["repeat"].append((min(later) - end) * 1e3)
+    return found
+
+
+def summary(rounds: Sequence[Round], wanted: Sequence[Answer]) -> dict[str, Any]:
+    """The JSON object of a run, without what the user gave. `wanted` are the answers of the undisturbed run."""
+    verdicts = Counter(compare(w, a) for one in rounds for w, a in zip(wanted, one.answers, strict=True))
+    gaps = [gap * 1e3 for one in rounds for gap in gaps_s(one.answers)]
+    phases: dict[str, list[float]] = {phase: [] for phase in PHASES}
+    for one in rounds:
+        for phase, values in phases_ms(one).items():
+            phases[phase].extend(values)
+    reports = [event["report"] for one in rounds for event in one.reports]
+    num_bytes: Counter[str] = Counter()
+    for report in reports:
+        num_bytes.update(report["bytes_by_source"])
+    bounds = {(report["epoch"], report["bytes_lower_bound"]) for report in reports}
+    return {
+        "requests": verdicts.total(),
+        "finished": verdicts.total() - verdicts[Verdict.UNFINISHED],
+        "mismatched": verdicts[Verdict.MISMATCHED],
+        "duplicated": verdicts[Verdict.DUPLICATED],
+        "lost": verdicts[Verdict.LOST],
+        "faults": {"fired": sum(one.fired for one in rounds), "counted": sum(one.counted for one in rounds)},
+        "not_rejoined": sum(one.healed_s is None for one in rounds),
+        "placements_wrong": sum(bool(one.placement_fault) for one in rounds),
+        "gap_ms": {**_spread(gaps), "max": _rounded(max(gaps, default=None))},
+        "phase_ms": {phase: _spread(values) for phase, values in phases.items() if values},
+        "bytes_by_source": dict(num_bytes),
+        "bytes_lower_bound": sum(bound for _, bound in bounds),
+    }
+
+
+def is_good(found: Mapping[str, Any], num_faults: int) -> bool:
+    """Whether nothing was lost, changed or repeated, and every fault came, was seen and healed."""
+    zeros = ("mismatched", "duplicated", "lost", "not_rejoined", "placements_wrong")
+    faults = found["faults"]
+    return (
+        found["finished"] == found["requests"]
+        and not any(found[key] for key in zeros)
+        and faults["fired"] == faults["counted"] == num_faults
+    )
+
+
+def _spread(values: Sequence[float]) -> dict[str, float | None]:
+    return {"p50": _rounded(percentile(values, 50)), "p99": _rounded(percentile(values, 99))}
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 2)
