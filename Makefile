@@ -19,7 +19,7 @@ test: $(READY)
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(READY)
 	@echo "benchmarks come with the load balancer (part 3); launch/bench.py does not exist yet" && false

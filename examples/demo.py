@@ -1,11 +1,14 @@
-"""`make demo`: four ranks on this machine, two completions side by side, and where the experts live.
+"""`make demo`: four ranks on this machine, two completions side by side, and a rank that dies in the middle of them.
 
-Starts `torchrun --nproc-per-node 4 launch/serve.py model=demo`, talks to it as any OpenAI client would, and stops it.
+Starts `torchrun --nproc-per-node 4 launch/serve.py model=demo`, talks to it as any OpenAI client would, streams two
+completions, streams them again and kills a rank meanwhile, and fails if a single character differs. Then it stops the
+server.
 """
 
 import argparse
 import asyncio
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -28,7 +31,7 @@ START_TIMEOUT_S = 120
 
 
 def main() -> int:
-    """Start, show, stop."""
+    """Start, stream, kill, compare, stop."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=96)
@@ -36,24 +39,52 @@ def main() -> int:
     console = Console()
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.ranks)]
     command = [*torchrun, "launch/serve.py", "model=demo", "server.port=0", "log_level=warning"]
-    console.print(
-        f"[bold]starting {args.ranks} ranks[/]: torchrun --nproc-per-node {args.ranks} launch/serve.py model=demo"
-    )
+    console.print(f"[bold]starting[/]: torchrun --nproc-per-node {args.ranks} launch/serve.py model=demo")
     begin = time.monotonic()
     server = subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, text=True)
     try:
         url = wait_until_ready(server)
         console.print(f"serving at [link]{url}[/] after {time.monotonic() - begin:.1f} s")
-        tokens, seconds = asyncio.run(stream_side_by_side(url, args.tokens, console))
-        console.print(
-            f"{tokens} tokens in {seconds:.2f} s: [bold]{tokens / seconds:.0f} tokens/s[/] over {len(PROMPTS)} streams"
-        )
-        console.print(experts_table(get_json(f"{url}/elastic/status")))
+        same = show(url, args, console)
     finally:
         server.send_signal(signal.SIGINT)
         server.wait(20)
     console.print("stopped cleanly")
-    return 0
+    return 0 if same else 1
+
+
+def show(url: str, args: argparse.Namespace, console: Console) -> bool:
+    """The two runs and what became of the killed rank. Returns whether the texts are equal."""
+    texts, tokens, seconds = asyncio.run(stream_side_by_side(url, args.tokens, console))
+    rate = f"[bold]{tokens / seconds:.0f} tokens/s[/]"
+    console.print(f"{tokens} tokens in {seconds:.2f} s: {rate} over {len(PROMPTS)} streams")
+    console.print(experts_table(get_json(f"{url}/elastic/status")))
+    if args.ranks == 1:
+        return True
+    victim = get_json(f"{url}/elastic/status")["members"][1]
+    console.print(f"the same again, and in the middle of it: [bold red]kill -9[/] of rank {victim['rank']}")
+    again, _, _ = asyncio.run(stream_side_by_side(url, args.tokens, console, victim["pid"]))
+    reports = [event["report"] for event in get_json(f"{url}/elastic/events")]
+    report = next((r for r in reports if victim["rank"] in r["lost"]), None)
+    if report is None:
+        console.print("[bold red]the rank was not lost: the demo proves nothing[/]")
+        return False
+    timeline = ", ".join(f"{phase} {1000 * seconds:.0f} ms" for phase, seconds in report["phase_s"].items())
+    console.print(f"epoch {report['epoch']} without rank {victim['rank']}: {timeline}; then the step was repeated")
+    wait_until_whole(url, args.ranks)
+    console.print(experts_table(get_json(f"{url}/elastic/status")))
+    same = again == texts
+    console.print("[bold green]both texts are as before[/]" if same else "[bold red]the texts differ[/]")
+    return same
+
+
+def wait_until_whole(url: str, ranks: int) -> None:
+    """Wait until all ranks serve again; RuntimeError when they do not."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while [m["phase"] for m in get_json(f"{url}/elastic/status")["members"]] != ["serving"] * ranks:
+        if time.monotonic() > deadline:
+            raise RuntimeError("the killed rank did not come back")
+        time.sleep(0.2)
 
 
 def wait_until_ready(server: subprocess.Popen[str]) -> str:
@@ -85,44 +116,50 @@ def get_json(url: str) -> dict:
         return json.load(answer)
 
 
-async def stream_side_by_side(url: str, max_tokens: int, console: Console) -> tuple[int, float]:
-    """Stream all prompts at once; returns (tokens, seconds)."""
+async def stream_side_by_side(
+    url: str, max_tokens: int, console: Console, victim: int | None = None
+) -> tuple[list[str], int, float]:
+    """Stream all prompts at once, and kill the process `victim` in the middle; returns (texts, tokens, seconds)."""
     client = AsyncOpenAI(base_url=f"{url}/v1", api_key="none")
     texts = list(PROMPTS)
     counts = [0] * len(PROMPTS)
+    chunks = 0
 
     def render() -> Columns:
-        panels = (
-            Panel(text, title=f"stream {i}", width=console.width // 2 - 1, height=14) for i, text in enumerate(texts)
-        )
-        return Columns(panels)
+        width = console.width // 2 - 1
+        return Columns(Panel(text, title=f"stream {i}", width=width, height=14) for i, text in enumerate(texts))
 
     async def stream(i: int, live: Live) -> None:
-        chunks = await client.completions.create(
+        nonlocal chunks
+        async for chunk in await client.completions.create(
             model="demo",
             prompt=PROMPTS[i],
             max_tokens=max_tokens,
             temperature=0,
             stream=True,
             stream_options={"include_usage": True},
-        )
-        async for chunk in chunks:
+        ):
             if chunk.choices:
                 texts[i] += chunk.choices[0].text
             if chunk.usage:
                 counts[i] = chunk.usage.completion_tokens
+            chunks += 1
+            if victim is not None and chunks == max_tokens:  # half of what both streams get
+                os.kill(victim, signal.SIGKILL)
             live.update(render())
 
     begin = time.monotonic()
     with Live(render(), console=console, refresh_per_second=8) as live:
         await asyncio.gather(*(stream(i, live) for i in range(len(PROMPTS))))
-    return sum(counts), time.monotonic() - begin
+    seconds = time.monotonic() - begin
+    await client.close()
+    return texts, sum(counts), seconds
 
 
 def experts_table(status: dict) -> Table:
     """Where the experts of the first MoE layer live."""
     table = Table(
-        title=f"experts of layer 0, placement version {status['placement_version']} ({status['placement_hash']})"
+        title=f"experts of layer 0, placement version {status['placement']['version']} ({status['placement']['hash']})"
     )
     for column in ("rank", "node", "pid", "slots", "memory"):
         table.add_column(column)
