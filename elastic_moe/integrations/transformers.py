@@ -97,7 +97,8 @@ def elasticize(
             for ours, source in zip(layer.experts.slot_tensors(slot), sources[name], strict=True):
                 ours.copy_(source[expert])
     runtime.hold([layer.experts for layer in layers.values()])
-    return model.to(device=runtime.device)
+    nn.Module.to(model, runtime.device)  # not the model's own `to`, whose wrapper types cannot see through
+    return model
 
 
 def _swap(model: PreTrainedModel, runtime: ElasticRuntime, experts: dict[str, nn.Module]) -> dict[str, ElasticMoELayer]:

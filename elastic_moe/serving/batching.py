@@ -7,10 +7,12 @@ manager, `_generation_step` of the processor, `_sample` of the model runner, and
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager, OutputRouter
+from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
 from transformers.generation.continuous_batching.model_runner import ModelRunner
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
@@ -45,10 +47,11 @@ class _SeededRunner(ModelRunner):
             return_logprobs=False,
         )
         self._requests = requests
+        self._ios = cast("ContinuousBatchingIOs", like.inputs_and_outputs)  # synchronous: set by the Batcher
 
     def _sample(self, scores: torch.Tensor, output_ids: torch.Tensor) -> None:
         rules: list[tuple[Sampling, int]] = []
-        for future in self.inputs_and_outputs.requests_in_batch:
+        for future in self._ios.requests_in_batch:
             if future.has_new_token:
                 state = future.state
                 request = self._requests.get(state.request_id)
@@ -111,7 +114,7 @@ class Batcher:
         )
         greedy = GenerationConfig(do_sample=False, eos_token_id=self._eos or -1)
         with cache_sizes(model):
-            self._manager = ContinuousBatchingManager(model, greedy, batching)
+            self._manager = ContinuousBatchingManager(cast("Any", model), greedy, batching)
             self._manager.output_router = _Outbox(self._on_output)
             self._processor = self._manager._create_batch_processor()
         pad_values(self._processor.cache, model)
