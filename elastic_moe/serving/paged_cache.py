@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
-from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 
 @contextmanager
@@ -35,8 +34,8 @@ def cache_sizes(model: PreTrainedModel) -> Iterator[None]:
             config.head_dim = own
 
 
-def pad_values(cache: PagedAttentionCache, model: PreTrainedModel) -> None:
-    """Let `cache` take values narrower than the keys, when `model` has such."""
+def pad_values(cache: Any, model: PreTrainedModel) -> None:
+    """Let `cache` (a `PagedAttentionCache`) take values narrower than the keys, when `model` has such."""
     width = getattr(model.config.get_text_config(), "qk_head_dim", None)
     if width is None:
         return
