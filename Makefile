@@ -8,13 +8,16 @@ JOBS   ?= 2
 export OMP_NUM_THREADS = 1
 export HYDRA_FULL_ERROR = 0
 
-.PHONY: demo test check bench clean
+.PHONY: demo test soak check bench clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
 
 test: $(READY)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "not slow and not gpu"
+
+soak: $(READY)
+	$(BIN)/python -m pytest -m slow --timeout=900
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -119,6 +119,7 @@ def test_what_the_server_is_told():
             load(ChaosRunConfig, "chaos", [mistake])
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(170)
 def test_two_faults_by_the_command_line():
     command = [sys.executable, "launch/chaos.py", "chaos.faults=2", "chaos.kinds=kill,kill_two", "chaos.requests=8"]

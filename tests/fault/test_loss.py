@@ -11,7 +11,7 @@ import pytest
 from openai import AsyncOpenAI
 from serving_harness import Server, torchrun, wait_until
 
-pytestmark = [pytest.mark.xdist_group("fault-server"), pytest.mark.timeout(170)]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("fault-server"), pytest.mark.timeout(170)]
 
 PROMPTS = ("In the beginning God created", "To install a package,", "The str.join() method", "And the LORD said unto")
 STREAMS = 6
