@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from elastic_moe.membership.channel import channel_pair
 
-STOP_GRACE_S = 4.0
+STOP_GRACE_S = 3.0
 """How long children may take to end after SIGTERM before they are killed."""
 
 _PR_SET_PDEATHSIG = 1
