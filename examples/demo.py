@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -41,14 +42,19 @@ def main() -> int:
     command = [*torchrun, "launch/serve.py", "model=demo", "server.port=0", "log_level=warning"]
     console.print(f"[bold]starting[/]: torchrun --nproc-per-node {args.ranks} launch/serve.py model=demo")
     begin = time.monotonic()
-    server = subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, text=True)
-    try:
-        url = wait_until_ready(server)
-        console.print(f"serving at [link]{url}[/] after {time.monotonic() - begin:.1f} s")
-        same = show(url, args, console)
-    finally:
-        server.send_signal(signal.SIGINT)
-        server.wait(20)
+    with tempfile.TemporaryFile("w+") as log:  # torchrun tells of every stop with a traceback
+        server = subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, stderr=log, text=True)
+        try:
+            url = wait_until_ready(server)
+            console.print(f"serving at [link]{url}[/] after {time.monotonic() - begin:.1f} s")
+            same = show(url, args, console)
+        except BaseException:
+            log.seek(0)
+            console.print(log.read(), markup=False, highlight=False)
+            raise
+        finally:
+            server.send_signal(signal.SIGINT)
+            server.wait(20)
     console.print("stopped cleanly")
     return 0 if same else 1
 
@@ -152,6 +158,7 @@ async def stream_side_by_side(
     with Live(render(), console=console, refresh_per_second=8) as live:
         await asyncio.gather(*(stream(i, live) for i in range(len(PROMPTS))))
     seconds = time.monotonic() - begin
+    console.print()
     await client.close()
     return texts, sum(counts), seconds
 
