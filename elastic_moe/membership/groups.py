@@ -22,8 +22,6 @@ Parcel = tuple[torch.Tensor, int, int]
 BUILD_TIMEOUT_S = 3.0
 """How long members of a new view wait for each other; they have all just asked for it."""
 
-ABORT_AGAIN_S = 0.005
-
 
 class Group:
     """One process group with a deadline on every call and errors that say what broke off."""
@@ -104,21 +102,16 @@ class Group:
         self.all_reduce_max([0])
 
     def abort(self) -> None:
-        """Break off the call in flight and refuse every later one. From any thread.
+        """Refuse every later call, and break off the one in flight where the backend can. From any thread.
 
-        gloo's abort frees only who waits at this very moment, and a call may be just about to wait: so it is repeated
-        until the caller is out.
+        NCCL's abort does. gloo's (torch 2.13) frees nobody who waits: there the caller comes out when a peer it waits
+        for closes its sockets, as every member does by dropping its group on leaving, or else at the deadline.
         """
         if self._aborted:
             return
         self._aborted = True
         if self.waiting:
-            threading.Thread(target=self._abort_until_free, name="abort", daemon=True).start()
-
-    def _abort_until_free(self) -> None:
-        while self.waiting:
-            self._backend.abort()
-            time.sleep(ABORT_AGAIN_S)
+            threading.Thread(target=self._backend.abort, name="abort", daemon=True).start()
 
     def _refuse_if_aborted(self) -> None:
         if self._aborted:
@@ -197,7 +190,7 @@ class EpochGroups:
         return self.control.waiting or self.data.waiting
 
     def abort(self) -> None:
-        """Abort both groups; whoever waits in them gets `PeerLost`. Safe to call twice and from any thread."""
+        """Abort both groups, see `Group.abort`. Safe to call twice and from any thread."""
         self.control.abort()
         self.data.abort()
 
