@@ -114,6 +114,7 @@ class Mailbox:
         if address not in self._peers:
             peer = self._peers[address] = self._context.socket(zmq.DEALER)
             peer.setsockopt(zmq.LINGER, 0)
+            peer.setsockopt(zmq.SNDHWM, 0)  # a dead peer must not block this thread; it is forgotten with its view
             peer.connect(address)
         self._peers[address].send(frame)
 
