@@ -208,7 +208,7 @@ class ElasticRuntime:
     def leave_epoch(self, epoch: int) -> bool:
         """Abort the groups of `epoch` and ask for the next view, if it is the current one. From any thread.
 
-        Whoever waits in a call of that epoch gets PeerLost at once, whichever peer it waits for.
+        Every later call of that epoch gets PeerLost; about the one in flight see `Group.abort`.
         """
         with self._lock:
             if epoch != self.view.epoch or self._groups is None:
@@ -239,7 +239,7 @@ class ElasticRuntime:
         log.info("leaving epoch %d: %s", self.epoch, reason)
         if self.leave_epoch(self.epoch):
             self.ask_others(self.view)
-            self._groups = self._exchange = None  # closes the sockets: peers that nobody told notice by that
+            self._groups = self._exchange = None
         recovery = Recovery(
             self.seat.member,
             self._membership,
