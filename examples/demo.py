@@ -1,8 +1,7 @@
-"""`make demo`: four ranks on this machine, two completions side by side, and a rank that dies in the middle of them.
+"""`make demo`: four ranks on this machine, two completions side by side, and where the experts live.
 
-Starts `torchrun --nproc-per-node 4 launch/serve.py model=demo`, talks to it as any OpenAI client would, streams two
-completions, streams them again and kills a rank meanwhile, and fails if a single character differs. Then it stops the
-server.
+Starts `torchrun --nproc-per-node 4 launch/serve.py model=demo`, talks to it as any OpenAI client would, and stops it.
+With `--kill` it streams the same again, kills a rank meanwhile, and fails if a single character differs.
 """
 
 import argparse
@@ -36,6 +35,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--kill", action="store_true", help="stream again, and kill a rank in the middle of it")
     args = parser.parse_args()
     console = Console()
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.ranks)]
@@ -65,7 +65,7 @@ def show(url: str, args: argparse.Namespace, console: Console) -> bool:
     rate = f"[bold]{tokens / seconds:.0f} tokens/s[/]"
     console.print(f"{tokens} tokens in {seconds:.2f} s: {rate} over {len(PROMPTS)} streams")
     console.print(experts_table(get_json(f"{url}/elastic/status")))
-    if args.ranks == 1:
+    if not args.kill or args.ranks == 1:
         return True
     victim = get_json(f"{url}/elastic/status")["members"][1]
     console.print(f"the same again, and in the middle of it: [bold red]kill -9[/] of rank {victim['rank']}")

@@ -22,6 +22,8 @@ Parcel = tuple[torch.Tensor, int, int]
 BUILD_TIMEOUT_S = 3.0
 """How long members of a new view wait for each other; they have all just asked for it."""
 
+ABORT_AGAIN_S = 0.005
+
 
 class Group:
     """One process group with a deadline on every call and errors that say what broke off."""
@@ -104,14 +106,19 @@ class Group:
     def abort(self) -> None:
         """Refuse every later call, and break off the one in flight where the backend can. From any thread.
 
-        NCCL's abort does. gloo's (torch 2.13) frees nobody who waits: there the caller comes out when a peer that it
+        NCCL's abort does. gloo's (torch 2.13), though repeated, was seen to free nobody who waits: there the caller comes out when a peer that it
         waits for dies, or at the deadline.
         """
         if self._aborted:
             return
         self._aborted = True
         if self.waiting:
-            threading.Thread(target=self._backend.abort, name="abort", daemon=True).start()
+            threading.Thread(target=self._abort_until_free, name="abort", daemon=True).start()
+
+    def _abort_until_free(self) -> None:
+        while self.waiting:
+            self._backend.abort()
+            time.sleep(ABORT_AGAIN_S)
 
     def _refuse_if_aborted(self) -> None:
         if self._aborted:
