@@ -106,8 +106,8 @@ class Group:
     def abort(self) -> None:
         """Refuse every later call, and break off the one in flight where the backend can. From any thread.
 
-        NCCL's abort does. gloo's (torch 2.13), though repeated, was seen to free nobody who waits: there the caller comes out when a peer that it
-        waits for dies, or at the deadline.
+        NCCL's abort does. gloo's (torch 2.13), though repeated, was seen to free nobody who waits: there the caller
+        comes out when a peer that it waits for dies, or at the deadline.
         """
         if self._aborted:
             return
