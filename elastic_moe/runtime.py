@@ -80,7 +80,7 @@ class ElasticRuntime:
         self._exchange: TokenExchange | None = None
         self._store: ExpertStore | None = None
         if view.has(self.rank, seat.member.incarnation):
-            self._groups = EpochGroups.build(view, self.rank, device, exchange_timeout_s)
+            self._groups = EpochGroups(view, self.rank, device, exchange_timeout_s).build()
             self._membership.start()
 
     @classmethod
@@ -208,7 +208,7 @@ class ElasticRuntime:
     def leave_epoch(self, epoch: int) -> bool:
         """Abort the groups of `epoch` and ask for the next view, if it is the current one. From any thread.
 
-        Every later call of that epoch gets PeerLost; about the one in flight see `Group.abort`.
+        The call in flight in that epoch, and every later one, gets PeerLost.
         """
         with self._lock:
             if epoch != self.view.epoch or self._groups is None:
@@ -237,9 +237,7 @@ class ElasticRuntime:
             PeerLost: no agreement within a minute.
         """
         log.info("leaving epoch %d: %s", self.epoch, reason)
-        if self.leave_epoch(self.epoch):
-            self.ask_others(self.view)
-            self._groups = self._exchange = None
+        self._leave(self.view)
         recovery = Recovery(
             self.seat.member,
             self._membership,
@@ -249,7 +247,8 @@ class ElasticRuntime:
             exchange_timeout_s=self._exchange_timeout_s,
             grow_slots=self._grow_slots,
             knock=self.knock,
-            on_groups=self._enter_epoch,
+            enter=self._enter,
+            leave=self._leave,
         )
         placement, report = recovery.run(self.view, self.registry.placement.version, reason, RECOVERY_DEADLINE_S)
         self.registry.commit(placement)
@@ -264,11 +263,15 @@ class ElasticRuntime:
         if self._groups is not None:
             self._groups.abort()
 
-    def _enter_epoch(self, view: View, groups: EpochGroups) -> None:
+    def _enter(self, view: View, groups: EpochGroups) -> None:
         with self._lock:
-            if self._groups is not None:
-                self._groups.abort()
             self.view, self._groups = view, groups
+        if self._membership.knows_dead(view):
+            self.leave_epoch(view.epoch)
+
+    def _leave(self, view: View) -> None:
+        if self.leave_epoch(view.epoch):
+            self.ask_others(view)
 
     def _use_groups(self) -> None:
         if self._groups is not None:

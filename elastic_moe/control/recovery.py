@@ -55,10 +55,12 @@ class Recovery:
         exchange_timeout_s: float,
         grow_slots: bool,
         knock: Callable[[View], None],
-        on_groups: Callable[[View, EpochGroups], None],
+        enter: Callable[[View, EpochGroups], None],
+        leave: Callable[[View], None],
     ) -> None:
-        """`knock` tells the members of a view that this process waits for a place; `on_groups` hands over the groups
-        of each view as soon as they exist, so that others may abort them."""
+        """`knock` tells the members of a view that this process waits for a place. `enter` hands over each new view
+        with its groups, before they are built, so that other threads may abort them; `leave` aborts them and tells
+        the view's members to do so too."""
         self._me = me
         self._membership = membership
         self._topology = topology
@@ -67,7 +69,8 @@ class Recovery:
         self._exchange_timeout_s = exchange_timeout_s
         self._grow_slots = grow_slots
         self._knock = knock
-        self._on_groups = on_groups
+        self._enter = enter
+        self._leave = leave
         self._seconds: dict[str, float] = {}
         self._bytes: dict[str, int] = {}
         self._rejected = 0
@@ -94,12 +97,14 @@ class Recovery:
                 with self._phase(Phase.VIEW):
                     view = self._membership.next_view(view, self._knock, deadline_s)
                 with self._phase(Phase.GROUPS):
-                    groups = EpochGroups.build(view, self._me.rank, self._device, self._exchange_timeout_s)
-                    self._on_groups(view, groups)
+                    groups = EpochGroups(view, self._me.rank, self._device, self._exchange_timeout_s)
+                    self._enter(view, groups)
+                    groups.build()
                 placement = self._repair(view, groups, version)
                 break
             except PeerLost as error:
                 log.warning("recovery attempt %d: %s", attempts, error)
+                self._leave(view)
                 if time.monotonic() - begin > deadline_s:
                     raise
         report = Report(

@@ -4,10 +4,12 @@ They are plain `ProcessGroup` objects, not torch.distributed's global state: an 
 and built anew at any time, and a user's own `init_process_group` is left alone.
 """
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import TimeoutError as FutureTimeout
 from datetime import timedelta
 from typing import Any
 
@@ -22,14 +24,17 @@ Parcel = tuple[torch.Tensor, int, int]
 BUILD_TIMEOUT_S = 3.0
 """How long members of a new view wait for each other; they have all just asked for it."""
 
-ABORT_AGAIN_S = 0.005
+GLOO_ABORT_TAG = 0x7FFF_FFFF
+"""Nobody ever sends with this tag; see `_abort_gloo`."""
 
 
 class Group:
     """One process group with a deadline on every call and errors that say what broke off."""
 
-    def __init__(self, backend: Any, name: str, epoch: int, timeout_s: float) -> None:
+    def __init__(self, backend: Any, abort: Callable[[Any], None], name: str, epoch: int, timeout_s: float) -> None:
+        """`abort(backend)` breaks off every call in flight, from another thread, and makes later ones fail."""
         self._backend = backend
+        self._abort = abort
         self._name = name
         self._epoch = epoch
         self._timeout_s = timeout_s
@@ -37,6 +42,7 @@ class Group:
         self.size = backend.size()
         self.waiting = False
         """Whether a call is in flight: the rank waits for its peers, with a deadline."""
+        self._lock = threading.Lock()
         self._aborted = False
 
     def all_to_all(
@@ -104,21 +110,16 @@ class Group:
         self.all_reduce_max([0])
 
     def abort(self) -> None:
-        """Refuse every later call, and break off the one in flight where the backend can. From any thread.
+        """Break off the call in flight, here and as soon as they notice at the peers; refuse every later one.
 
-        NCCL's abort does. gloo's (torch 2.13), though repeated, was seen to free nobody who waits: there the caller
-        comes out when a peer that it waits for dies, or at the deadline.
+        Safe to call twice and from any thread; takes about a millisecond.
         """
-        if self._aborted:
-            return
-        self._aborted = True
-        if self.waiting:
-            threading.Thread(target=self._abort_until_free, name="abort", daemon=True).start()
-
-    def _abort_until_free(self) -> None:
-        while self.waiting:
-            self._backend.abort()
-            time.sleep(ABORT_AGAIN_S)
+        with self._lock:
+            if self._aborted:
+                return
+            self._aborted = True
+        if self.size > 1:
+            self._abort(self._backend)
 
     def _refuse_if_aborted(self) -> None:
         if self._aborted:
@@ -151,65 +152,113 @@ class _All:
             work.wait()
 
 
-@dataclass(frozen=True)
 class EpochGroups:
-    """`control` (gloo, CPU) carries signals, `data` (gloo or NCCL) carries tokens and weights."""
+    """`control` (gloo, CPU) carries signals, `data` (gloo or NCCL) carries tokens and weights.
 
-    epoch: int
-    ranks: tuple[int, ...]
+    Made for a view, then built together with its other members; `abort` ends either, at any time.
+    """
+
     control: Group
     data: Group
 
-    @classmethod
-    def build(cls, view: View, rank: int, device: torch.device, timeout_s: float) -> "EpochGroups":
-        """Build this epoch's groups over the store that the view's first member offers. Collective.
+    def __init__(self, view: View, rank: int, device: torch.device, timeout_s: float) -> None:
+        """Nothing is connected yet.
 
         Args:
             view: the agreed members.
             rank: EP rank of this process.
             device: cpu (gloo) or a CUDA device (NCCL) for the data group.
             timeout_s: deadline of every later call, in seconds; building has `BUILD_TIMEOUT_S`.
+        """
+        self.epoch = view.epoch
+        self.ranks = view.ranks
+        self._view = view
+        self._rank = rank
+        self._device = device
+        self._timeout_s = timeout_s
+        self._built: Future[tuple[Group, Group]] = Future()
+
+    def build(self) -> "EpochGroups":
+        """Connect to all members over the store that the view's first one offers. Collective.
+
+        Connecting cannot be broken off, so it has a thread of its own, left to its end when the build is given up.
 
         Raises:
-            PeerLost: a member did not come in time.
+            PeerLost: a member did not come in time, or `abort` was called.
         """
-        host, port = view.members[0].store.rsplit(":", 1)
-        limit = timedelta(seconds=BUILD_TIMEOUT_S)
+        threading.Thread(target=self._connect, name="groups", daemon=True).start()
         try:
-            store = dist.TCPStore(host, int(port), is_master=False, timeout=limit)
-            prefix = dist.PrefixStore(f"elastic_moe/{view.epoch}/{view.digest}", store)
-            control = _gloo(dist.PrefixStore("control", prefix), view, rank)
-            data = _gloo if device.type == "cpu" else _nccl
-            backends = {"control": control, "data": data(dist.PrefixStore("data", prefix), view, rank)}
-        except RuntimeError as error:
-            raise PeerLost(
-                f"groups of epoch {view.epoch} (ranks {list(view.ranks)}) were not built within {BUILD_TIMEOUT_S} s"
-            ) from error
-        groups = {}
-        for name, backend in backends.items():
-            backend._set_default_timeout(timedelta(seconds=timeout_s))
-            groups[name] = Group(backend, name, view.epoch, timeout_s)
-        return cls(view.epoch, view.ranks, **groups)
+            self.control, self.data = self._built.result(BUILD_TIMEOUT_S)
+        except FutureTimeout:
+            self._fail(f"not built within {BUILD_TIMEOUT_S} s")
+            self.control, self.data = self._built.result()  # unless they came at this very moment
+        return self
 
     @property
     def waiting(self) -> bool:
-        """Whether a call is in flight in either group."""
-        return self.control.waiting or self.data.waiting
+        """Whether a call is in flight in either group, or they are being built."""
+        return not self._built.done() or self.control.waiting or self.data.waiting
 
     def abort(self) -> None:
-        """Abort both groups, see `Group.abort`. Safe to call twice and from any thread."""
-        self.control.abort()
-        self.data.abort()
+        """Give up the build, or abort both groups, see `Group.abort`. Safe to call twice and from any thread."""
+        self._fail("left while they were built")
+        if self._built.exception() is None:
+            for group in self._built.result():
+                group.abort()
+
+    def _connect(self) -> None:
+        host, port = self._view.members[0].store.rsplit(":", 1)
+        limit = timedelta(seconds=BUILD_TIMEOUT_S)
+        try:
+            store = dist.TCPStore(host, int(port), is_master=False, timeout=limit)
+            prefix = dist.PrefixStore(f"elastic_moe/{self.epoch}/{self._view.digest}", store)
+            data = _gloo if self._device.type == "cpu" else _nccl
+            control, data = self._group(_gloo, "control", prefix), self._group(data, "data", prefix)
+        except RuntimeError as error:
+            self._fail(str(error).splitlines()[0])
+            return
+        try:
+            self._built.set_result((control, data))
+        except InvalidStateError:
+            control.abort()
+            data.abort()
+
+    def _group(self, make: "MakeBackend", name: str, prefix: dist.Store) -> Group:
+        backend, abort = make(dist.PrefixStore(name, prefix), self._view, self._rank)
+        backend._set_default_timeout(timedelta(seconds=self._timeout_s))
+        return Group(backend, abort, name, self.epoch, self._timeout_s)
+
+    def _fail(self, reason: str) -> None:
+        with contextlib.suppress(InvalidStateError):  # they are built, or have failed before
+            self._built.set_exception(PeerLost(f"groups of epoch {self.epoch} (ranks {list(self.ranks)}): {reason}"))
 
 
-def _gloo(store: dist.Store, view: View, rank: int) -> Any:
+MakeBackend = Callable[[dist.Store, View, int], tuple[Any, Callable[[Any], None]]]
+"""(store, view, EP rank) -> the process group, and how to abort it."""
+
+
+def _gloo(store: dist.Store, view: View, rank: int) -> tuple[Any, Callable[[Any], None]]:
     options = dist.ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue]
     options._timeout = timedelta(seconds=BUILD_TIMEOUT_S)
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=view.member(rank).host)]
-    return dist.ProcessGroupGloo(store, view.group_rank(rank), len(view.members), options)
+    return dist.ProcessGroupGloo(store, view.group_rank(rank), len(view.members), options), _abort_gloo
 
 
-def _nccl(store: dist.Store, view: View, rank: int) -> Any:
+def _abort_gloo(backend: Any) -> None:
+    """Close all connections of a gloo group, so that whatever waits in it fails at once.
+
+    `ProcessGroupGloo.abort()` (torch 2.13) frees nobody who waits. But gloo closes all pairs of a context when one
+    receive times out, "to let all operations know"; so let one time out.
+    """
+    peer = (backend.rank() + 1) % backend.size()
+    try:
+        backend.recv([torch.empty(1)], peer, GLOO_ABORT_TAG).wait(timedelta(milliseconds=1))
+    except RuntimeError:
+        return  # it always times out, or finds the connections closed
+
+
+def _nccl(store: dist.Store, view: View, rank: int) -> tuple[Any, Callable[[Any], None]]:
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timedelta(seconds=BUILD_TIMEOUT_S)
-    return dist.ProcessGroupNCCL(store, view.group_rank(rank), len(view.members), options)
+    backend = dist.ProcessGroupNCCL(store, view.group_rank(rank), len(view.members), options)
+    return backend, lambda group: group.abort()

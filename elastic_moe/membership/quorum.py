@@ -3,8 +3,8 @@
 The lighthouse (Rust, by heartbeats and quorum) decides; observation only asks. It waits for every process that sends
 heartbeats, so a slow member is never left out; a dead one is spoken for by the survivors as soon as its supervisor
 has said that it ended (`gone`), and otherwise, as when a whole node is lost, counts until its heartbeats have been
-missing for `HEARTBEAT_TIMEOUT_MS`. Serving needs no lighthouse while nothing changes. Several may be named: the first
-that answers is used, so another node's takes over.
+missing for `HEARTBEAT_TIMEOUT_MS`. Serving needs no lighthouse while nothing changes. Several may be named: all get
+heartbeats, the first that answers is asked, so another node's takes over and knows already who is there.
 """
 
 import logging
@@ -30,6 +30,8 @@ JOIN_TIMEOUT_MS = 20_000
 TICK_MS = 10
 CALL_TIMEOUT_S = 25.0
 CONNECT_TIMEOUT_S = 1.0
+SETTLE_S = 0.5
+"""A lighthouse that has just begun knows only some of the members; it is not asked before all have sent heartbeats."""
 KNOCK_EVERY_S = 0.5
 PATIENCE_S = 10.0
 """A newcomer whom nobody invites for this long asks all the same: there may be no member left."""
@@ -46,14 +48,16 @@ class Membership:
     def __init__(self, me: Member, lighthouses: Sequence[str]) -> None:
         """`lighthouses` are URLs in the order of preference; nothing is connected before it is needed."""
         self._me = me
-        self._urls = list(lighthouses)
+        self._urls: list[str] = []
         self._lock = threading.Lock()
         self._requests: dict[int, Future[View]] = {}
         self._gone: dict[str, float] = {}
         self._invitations: queue.SimpleQueue[View] = queue.SimpleQueue()
+        self._known_since: dict[str, float] = {}
+        self._heard = threading.Event()
         self._beating = threading.Event()
         self._closed = threading.Event()
-        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+        self._use(lighthouses)
 
     def start(self) -> None:
         """Send heartbeats: from now on others wait for this process when a view is made."""
@@ -71,6 +75,11 @@ class Membership:
             asking = any(not future.done() for future in self._requests.values())
         if asking:
             self._speak_for(name)
+
+    def knows_dead(self, view: View) -> bool:
+        """Whether a member of `view` is known to have ended: it voted, and died before the view came."""
+        with self._lock:
+            return any(_name(m.rank, m.incarnation) in self._gone for m in view.members)
 
     def invite(self, view: View) -> None:
         """The members of `view` take this process in with their next one. From any thread."""
@@ -121,7 +130,7 @@ class Membership:
     def _await_invitation(self, view: View, knock: Callable[[View], None], deadline: float) -> View:
         patience = min(deadline, time.monotonic() + PATIENCE_S)
         while time.monotonic() < patience:
-            self._send_heartbeat({})  # before the knock: members that ask right away must already wait for us
+            self._heard.wait(KNOCK_EVERY_S)  # members that ask right after the knock must already wait for us
             knock(view)
             try:
                 return self._invitations.get(timeout=KNOCK_EVERY_S)
@@ -131,7 +140,7 @@ class Membership:
 
     def _ask(self, after: int, future: "Future[View]") -> None:
         try:
-            future.set_result(self._call({}, lambda client: self._quorum(client, after)))
+            future.set_result(self._call(lambda client: self._quorum(client, after)))
         except (PeerLost, ValueError) as error:
             future.set_exception(error if isinstance(error, PeerLost) else PeerLost(str(error)))
 
@@ -148,8 +157,9 @@ class Membership:
         )
         said = [p.data["member"] for p in quorum.participants if p.data and "member" in p.data]
         members = [msgspec.json.decode(str(member), type=Member) for member in said]
-        epoch = 1 + max(p.step for p in quorum.participants)
-        return View(epoch, tuple(sorted(members, key=lambda m: m.rank)))
+        members.sort(key=lambda m: m.rank)
+        self._use([m.lighthouse for m in members if m.lighthouse])
+        return View(1 + max(p.step for p in quorum.participants), tuple(members), tuple(self._urls))
 
     def _speak_for(self, name: str) -> None:
         """Take the dead process's part in the vote, without a member's record: so nobody waits for it."""
@@ -159,35 +169,48 @@ class Membership:
 
         def speak() -> None:
             try:
-                self._call({}, call)
+                self._call(call)
             except PeerLost as error:
                 log.debug("speaking for %s: %s", name, error)
 
         threading.Thread(target=speak, name="speak", daemon=True).start()
 
-    def _beat(self) -> None:
-        clients: dict[str, LighthouseClient] = {}
+    def _use(self, urls: Sequence[str]) -> None:
+        for url in urls:
+            if url not in self._urls:
+                self._urls.append(url)
+                threading.Thread(target=self._beat, args=(url,), name="heartbeat", daemon=True).start()
+
+    def _beat(self, url: str) -> None:
+        client, name = None, _name(self._me.rank, self._me.incarnation)
+        self._beating.wait()
         while not self._closed.wait(HEARTBEAT_S):
-            if self._beating.wait(HEARTBEAT_S):
-                self._send_heartbeat(clients)
+            try:
+                client = client or LighthouseClient(url, timedelta(seconds=CONNECT_TIMEOUT_S))
+                client.heartbeat(name, timedelta(seconds=CONNECT_TIMEOUT_S))
+                self._known_since.setdefault(url, time.monotonic())
+                self._heard.set()
+            except (RuntimeError, TimeoutError) as error:
+                client = None
+                self._known_since.pop(url, None)
+                log.debug("heartbeat to %s: %s", url, error)
 
-    def _send_heartbeat(self, clients: dict[str, LighthouseClient]) -> None:
-        name = _name(self._me.rank, self._me.incarnation)
-        try:
-            self._call(clients, lambda client: client.heartbeat(name, timedelta(seconds=1)))
-        except PeerLost as error:
-            log.debug("%s", error)
+    def _settle(self, url: str) -> None:
+        deadline = time.monotonic() + CONNECT_TIMEOUT_S
+        while url not in self._known_since:
+            if time.monotonic() > deadline:
+                raise TimeoutError("it takes no heartbeats")
+            time.sleep(HEARTBEAT_S / 10)
+        time.sleep(max(0.0, self._known_since.get(url, 0.0) + SETTLE_S - time.monotonic()))
 
-    def _call(self, clients: dict[str, LighthouseClient], call: Callable[[LighthouseClient], Answer]) -> Answer:
-        """`call` on the first lighthouse that answers; `clients` keeps the connections of one thread."""
+    def _call(self, call: Callable[[LighthouseClient], Answer]) -> Answer:
+        """`call` on the first lighthouse that answers."""
         reasons = []
         for url in self._urls:
             try:
-                if url not in clients:
-                    clients[url] = LighthouseClient(url, timedelta(seconds=CONNECT_TIMEOUT_S))
-                return call(clients[url])
+                self._settle(url)
+                return call(LighthouseClient(url, timedelta(seconds=CONNECT_TIMEOUT_S)))
             except (RuntimeError, TimeoutError) as error:
-                clients.pop(url, None)
                 reasons.append(f"{url}: {str(error).splitlines()[0]}")
         raise PeerLost(f"no lighthouse answered ({'; '.join(reasons) or 'none is known'})")
 

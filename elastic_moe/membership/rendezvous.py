@@ -38,7 +38,7 @@ def meet(launch: Launch, me: Member, timeout_s: float) -> View:
         PeerLost: a rank did not come within `timeout_s` seconds; the message names the missing ones.
     """
     if launch.world_size == 1:
-        return View(epoch=1, members=(me,))
+        return _first_view([me])
     host, _, port = launch.store.rpartition(":")
     keys = [f"elastic_moe/{launch.attempt}/member/{rank}" for rank in range(launch.world_size)]
     serve = launch.rank == 0 and not launch.store_is_up
@@ -53,4 +53,8 @@ def meet(launch: Launch, me: Member, timeout_s: float) -> View:
     except RuntimeError as error:
         missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
         raise PeerLost(f"ranks {missing} did not come to {launch.store} within {timeout_s} s") from error
-    return View(epoch=1, members=tuple(msgspec.json.decode(store.get(key), type=Member) for key in keys))
+    return _first_view([msgspec.json.decode(store.get(key), type=Member) for key in keys])
+
+
+def _first_view(members: list[Member]) -> View:
+    return View(1, tuple(members), tuple(m.lighthouse for m in members if m.lighthouse))

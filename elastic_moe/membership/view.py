@@ -31,6 +31,8 @@ class View(msgspec.Struct, frozen=True):
 
     epoch: int
     members: tuple[Member, ...]
+    lighthouses: tuple[str, ...] = ()
+    """URLs of all lighthouses ever announced, the first that answers is used: one outlives the member beside it."""
 
     def __post_init__(self) -> None:
         ranks = self.ranks
@@ -46,11 +48,6 @@ class View(msgspec.Struct, frozen=True):
     def digest(self) -> str:
         """Names these very processes: two views with the same epoch number differ in it."""
         return hashlib.sha256("".join(m.incarnation for m in self.members).encode()).hexdigest()[:12]
-
-    @property
-    def lighthouses(self) -> list[str]:
-        """URLs of the members' lighthouses, by rank: the first that answers is used."""
-        return [m.lighthouse for m in self.members if m.lighthouse]
 
     def has(self, rank: int, incarnation: str) -> bool:
         """Whether this very process is a member."""

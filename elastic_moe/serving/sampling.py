@@ -8,14 +8,18 @@ import torch
 from elastic_moe.serving.protocol import Sampling
 
 
-def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) that depends on `seed` and `position` only (counter-based: Philox)."""
-    generator = np.random.Philox(key=seed % 2**64, counter=position)
-    return float(generator.random_raw() >> np.uint64(11)) * 2.0**-53
+def noise(seed: int, position: int, size: int) -> torch.Tensor:
+    """float64 [size] draws from the exponential distribution: a function of the arguments (counter-based, Philox)."""
+    key = np.array([seed % 2**64, position], dtype=np.uint64)
+    return torch.from_numpy(-np.log1p(-np.random.Generator(np.random.Philox(key=key)).random(size)))
 
 
 def pick(logits: torch.Tensor, rules: Sequence[tuple[Sampling, int]]) -> torch.Tensor:
     """The next token of each row.
+
+    Drawn as an exponential race, the arg max of probability / noise: whatever perturbs the logits in the last bit
+    (another batch, another rank) changes the winner only if two tokens finish within that bit of each other. Walking
+    up the cumulative distribution instead would let every boundary of the vocabulary shift.
 
     Args:
         logits: float32 [N, V].
@@ -36,11 +40,9 @@ def pick(logits: torch.Tensor, rules: Sequence[tuple[Sampling, int]]) -> torch.T
     rows = torch.tensor(drawn, device=logits.device)
     temperature = column([rules[row][0].temperature for row in drawn])
     top_p = column([rules[row][0].top_p for row in drawn])
-    chance = column([uniform(rules[row][0].seed, rules[row][1]) for row in drawn])
-    probs, order = torch.softmax(logits[rows].double() / temperature, dim=-1).sort(dim=-1, descending=True, stable=True)
-    before = probs.cumsum(dim=-1) - probs
-    kept = torch.where(before < top_p, probs, 0.0)
-    ends = kept.cumsum(dim=-1)
-    choice = torch.searchsorted(ends, chance * ends[:, -1:], right=True).clamp(max=logits.shape[-1] - 1)
-    tokens[rows] = order.gather(-1, choice).squeeze(-1)
+    probs = torch.softmax(logits[rows].double() / temperature, dim=-1)
+    ordered, order = probs.sort(dim=-1, descending=True, stable=True)
+    outside = torch.empty_like(probs, dtype=torch.bool).scatter_(-1, order, ordered.cumsum(dim=-1) - ordered >= top_p)
+    finish = torch.stack([noise(rules[row][0].seed, rules[row][1], logits.shape[-1]) for row in drawn])
+    tokens[rows] = (probs.masked_fill(outside, 0.0) / finish.to(logits.device)).argmax(dim=-1)
     return tokens

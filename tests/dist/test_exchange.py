@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 
 import pytest
@@ -11,8 +12,9 @@ from harness import run_ranks
 from elastic_moe.errors import PeerLost
 from elastic_moe.exchange.collective import CollectiveExchange
 from elastic_moe.membership.groups import EpochGroups
+from elastic_moe.membership.launch import Launch
 from elastic_moe.membership.rendezvous import Seat, meet
-from elastic_moe.membership.view import View
+from elastic_moe.membership.view import Member, View
 
 HIDDEN = 5
 
@@ -20,7 +22,7 @@ HIDDEN = 5
 def build(launch, timeout_s=20.0):
     seat = Seat(launch)
     view = meet(launch, seat.member, 30)
-    return seat, view, EpochGroups.build(view, launch.rank, torch.device("cpu"), timeout_s)
+    return seat, view, EpochGroups(view, launch.rank, torch.device("cpu"), timeout_s).build()
 
 
 def routes(rank, num_tokens, num_slots, top_k, ranks):
@@ -65,7 +67,7 @@ def with_a_hole(launch):
         for m, rank in zip(view.members, (0, 2, 5), strict=True)
     )
     view, rank = View(2, members), (0, 2, 5)[launch.rank]
-    groups = EpochGroups.build(view, rank, torch.device("cpu"), 20)
+    groups = EpochGroups(view, rank, torch.device("cpu"), 20).build()
     exchange = CollectiveExchange(groups.data, view.ranks, 2)
     hidden, slots = routes(rank, 6, 2, 2, view.ranks)
     sent = exchange.dispatch(hidden, slots)
@@ -115,6 +117,56 @@ def refuse_after_abort(launch):
 
 def test_an_aborted_group_refuses_calls():
     assert all(run_ranks(refuse_after_abort, 2))
+
+
+def wait_until_aborted(launch, call):
+    """Rank 2 does not take part; each other waits for it in `call`, and a second thread of its own breaks that off."""
+    _, _, groups = build(launch, 60.0)
+    groups.data.barrier()
+    if launch.rank == 2:
+        time.sleep(4)
+        return None
+    threading.Timer(0.3, groups.abort).start()
+    begin = time.monotonic()
+    with pytest.raises(PeerLost):
+        call(groups.data)
+    return time.monotonic() - begin
+
+
+def wait_in_all_to_all(group):
+    group.all_to_all(torch.empty(3, 2**20), torch.ones(3, 2**20))
+
+
+def wait_in_all_reduce(group):
+    group.all_reduce_max([1])
+
+
+def wait_in_exchange(group):
+    group.exchange([], [(torch.empty(8), 2, 0)])
+
+
+@pytest.mark.parametrize("call", [wait_in_all_to_all, wait_in_all_reduce, wait_in_exchange])
+def test_abort_frees_who_waits_for_a_silent_peer(call):
+    seconds = run_ranks(wait_until_aborted, 3, call)
+    assert all(0.2 < seconds[rank] < 3 for rank in (0, 1))
+
+
+def build_without_one(launch):
+    if launch.rank == 2:
+        return None
+    seat = Seat(launch)
+    absent = Member(2, 0, "absent", 0, "127.0.0.1", "", "127.0.0.1:1")
+    both = meet(Launch(launch.rank, 2, launch.rank, 2, 0, launch.store), seat.member, 10)
+    groups = EpochGroups(View(2, (*both.members, absent)), launch.rank, torch.device("cpu"), 60.0)
+    threading.Timer(0.3, groups.abort).start()
+    begin = time.monotonic()
+    with pytest.raises(PeerLost, match="left while they were built"):
+        groups.build()
+    return time.monotonic() - begin
+
+
+def test_abort_frees_who_builds_with_an_absent_peer():
+    assert max(run_ranks(build_without_one, 3)[:2]) < 2
 
 
 def come_alone(launch):
