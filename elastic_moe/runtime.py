@@ -4,7 +4,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -14,11 +14,14 @@ from elastic_moe.errors import PeerLost
 from elastic_moe.exchange.collective import CollectiveExchange
 from elastic_moe.exchange.interface import TokenExchange
 from elastic_moe.experts.slots import SlotExperts
+from elastic_moe.membership.channel import SeatStart
 from elastic_moe.membership.groups import EpochGroups
 from elastic_moe.membership.launch import Launch, host_of
 from elastic_moe.membership.quorum import Membership
 from elastic_moe.membership.rendezvous import Seat, meet
-from elastic_moe.membership.view import View
+from elastic_moe.membership.signals import AskView, Invite, Knock, PeerDied
+from elastic_moe.membership.supervised import Supervised
+from elastic_moe.membership.view import Member, View
 from elastic_moe.placement.placement import Placement, fewest_slots, initial_placement
 from elastic_moe.placement.registry import PlacementRegistry
 from elastic_moe.placement.topology import Topology
@@ -30,6 +33,13 @@ RECOVERY_DEADLINE_S = 60.0
 Result = TypeVar("Result")
 
 
+class IdleLayer(Protocol):
+    """What the runtime needs to know of an ElasticMoELayer."""
+
+    def join_idle(self) -> None:
+        """Take part in this layer's exchange with no tokens."""
+
+
 class ElasticRuntime:
     """One rank's part of the group.
 
@@ -39,6 +49,7 @@ class ElasticRuntime:
     Attributes:
         on_rank_lost, on_rank_joined: called with (rank,) after the recovery that found it, on every rank.
         on_placement_changed: called with (placement,) after every commit but the first.
+        on_view: called with (view,) after every recovery.
     """
 
     def __init__(
@@ -49,6 +60,7 @@ class ElasticRuntime:
         device: torch.device,
         *,
         exchange_timeout_s: float = 30.0,
+        silence_timeout_s: float = 20.0,
         lighthouses: Sequence[str] = (),
         grow_slots: bool = True,
     ) -> None:
@@ -66,10 +78,13 @@ class ElasticRuntime:
         self.on_rank_lost: list[Callable[[int], None]] = []
         self.on_rank_joined: list[Callable[[int], None]] = []
         self.on_placement_changed: list[Callable[[Placement], None]] = []
-        self.ask_others: Callable[[View], None] = lambda _view: None
-        """Tells the members of a broken epoch to leave it; gloo's own errors do so more slowly."""
-        self.knock: Callable[[View], None] = lambda _view: None
-        """Tells members that this process waits to be taken in."""
+        self.on_view: list[Callable[[View], None]] = []
+        self.on_change: Callable[[], None] = lambda: None
+        """Called, in another thread, when the group is about to change: a rank that sleeps outside must come."""
+        self.layers: Sequence[IdleLayer] = []
+        """The ElasticMoELayer modules in their order; `elasticize` sets it."""
+        self.signals = seat.signals
+        self._knocking: dict[int, Member] = {}
         self._exchange_timeout_s = exchange_timeout_s
         self._grow_slots = grow_slots
         self._membership = Membership(seat.member, lighthouses or view.lighthouses)
@@ -79,37 +94,48 @@ class ElasticRuntime:
         self._registry: PlacementRegistry | None = None
         self._exchange: TokenExchange | None = None
         self._store: ExpertStore | None = None
+        self._hear(silence_timeout_s)
         if view.has(self.rank, seat.member.incarnation):
+            self.signals.watch(view, self.rank)
             self._groups = EpochGroups(view, self.rank, device, exchange_timeout_s).build()
             self._membership.start()
 
     @classmethod
     def join(
         cls,
-        launch: Launch,
+        start: Launch | SeatStart,
         *,
         device: torch.device,
         address: str = "",
-        lighthouse: str = "",
         start_timeout_s: float = 120.0,
         **settings: Any,
     ) -> "ElasticRuntime":
-        """Meet the other ranks of the launch and build the first epoch's groups. Collective.
+        """Meet the other ranks of the launch and build the first epoch's groups, collectively; or, for a process that
+        takes a dead one's seat, prepare to be taken in by `recover` once the experts are loaded.
 
         Args:
-            launch: this process's place, `Launch.from_torchrun(os.environ)`.
+            start: this process's place, `Launch.from_torchrun(os.environ)`; or what its supervisor said of it.
             device: where experts and tokens live: cpu (gloo) or a CUDA device (NCCL).
-            address: endpoint of this process's message socket, for processes that serve requests.
-            lighthouse: URL of the lighthouse beside this process, if it is to be announced to the others.
+            address: endpoint for front ends, of a process that serves requests.
             start_timeout_s: how long to wait for the others, in seconds.
             **settings: see the constructor.
 
         Raises:
             PeerLost: a rank did not come in time.
         """
-        seat = Seat(launch, host_of(launch), address, lighthouse)
-        view = meet(launch, seat.member, start_timeout_s)
-        return cls(seat, view, topology_of(launch), device, **settings)
+        supervised = Supervised.of_launch(start) if isinstance(start, Launch) else None
+        if isinstance(start, Launch):
+            start = supervised.start if supervised else SeatStart(start)
+        launch = start.launch
+        seat = Seat(launch, host_of(launch), address, start.lighthouse)
+        view = start.rejoin or meet(launch, seat.member, start_timeout_s)
+        runtime = cls(seat, view, topology_of(launch), device, **settings)
+        if supervised:
+            runtime.on_view.append(supervised.tell_view)
+            if start.rejoin is None:
+                supervised.tell_view(view)
+            supervised.begin()
+        return runtime
 
     @property
     def epoch(self) -> int:
@@ -173,9 +199,12 @@ class ElasticRuntime:
         """The largest value of each flag over all ranks. Collective; every rank gives as many flags.
 
         Raises:
-            PeerLost: a peer died, left, or missed the deadline.
+            PeerLost: a peer died, left, or missed the deadline; or all leave now to take a process in.
         """
-        return self.groups.control.all_reduce_max(list(flags))
+        *agreed, joining = self.groups.control.all_reduce_max([*flags, int(bool(self._knocking))])
+        if joining:
+            raise PeerLost("a process joins")
+        return agreed
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -184,10 +213,10 @@ class ElasticRuntime:
         self.steps += 1
 
     def run(self, forward: Callable[[], Result]) -> Result:
-        """Run a forward to its end in one epoch: when a rank is lost inside, recover and run it again.
+        """Run a forward to its end in one epoch, together with all ranks; when a rank is lost, recover and repeat it.
 
-        `forward` must be repeatable (a KV cache is: the same entries are written again). What the other ranks
-        repeat need not match, only the sequence of MoE layer calls must.
+        `forward` must be repeatable (a KV cache is: the same entries are written again). What the ranks run need not
+        match, only the sequence of MoE layer calls must. A rank that has nothing more to run calls `finish`.
 
         Raises:
             NotEnoughSlots, TransferFailed: the experts cannot be restored.
@@ -195,10 +224,36 @@ class ElasticRuntime:
         """
         while True:
             try:
+                self.agree(1)
                 with self.step():
                     return forward()
             except PeerLost as error:
                 self.recover(str(error))
+
+    def finish(self) -> None:
+        """Take part, without tokens, in what the others still run, until every rank has come here.
+
+        Raises:
+            NotEnoughSlots, TransferFailed: the experts cannot be restored.
+            PeerLost: no agreement within a minute.
+        """
+        while True:
+            try:
+                if not self.agree(0)[0]:
+                    return
+                self.join_idle()
+            except PeerLost as error:
+                self.recover(str(error))
+
+    def join_idle(self) -> None:
+        """Take part in one forward of the others without tokens.
+
+        Raises:
+            PeerLost: a peer died, left, or missed the deadline.
+        """
+        with torch.no_grad(), self.step():
+            for layer in self.layers:
+                layer.join_idle()
 
     @property
     def epoch_is_over(self) -> bool:
@@ -218,16 +273,10 @@ class ElasticRuntime:
         self._membership.request_view(epoch)
         return True
 
-    def peer_died(self, rank: int, incarnation: str) -> None:
-        """The supervisor of this process says that it ended: leave the epoch if it was a member. From any thread."""
-        self._membership.gone(rank, incarnation)
-        view = self.view
-        if view.has(rank, incarnation):
-            self.leave_epoch(view.epoch)
-
-    def invited(self, view: View) -> None:
-        """The members of `view` take this process in now (it had knocked). From any thread."""
-        self._membership.invite(view)
+    @property
+    def change_is_wanted(self) -> bool:
+        """Whether the epoch is over, or a process waits to be taken in."""
+        return self.epoch_is_over or bool(self._knocking)
 
     def recover(self, reason: str) -> Report:
         """Leave the current epoch and come back in the next: view, groups, repair, vote, commit. Collective in effect.
@@ -246,7 +295,7 @@ class ElasticRuntime:
             self.device,
             exchange_timeout_s=self._exchange_timeout_s,
             grow_slots=self._grow_slots,
-            knock=self.knock,
+            knock=lambda view: self.signals.tell(view.members, Knock(self.seat.member)),
             enter=self._enter,
             leave=self._leave,
         )
@@ -254,24 +303,63 @@ class ElasticRuntime:
         self.registry.commit(placement)
         self._use_groups()
         log.info("recovered: %s", report)
+        for hook in self.on_view:
+            hook(self.view)
         self._call_hooks(report, placement)
         return report
 
     def close(self) -> None:
         """Leave for good. Peers still inside a call get `PeerLost`."""
         self._membership.close()
+        self.signals.close()
         if self._groups is not None:
             self._groups.abort()
 
     def _enter(self, view: View, groups: EpochGroups) -> None:
         with self._lock:
             self.view, self._groups = view, groups
+        self.signals.watch(view, self.rank)
         if self._membership.knows_dead(view):
             self.leave_epoch(view.epoch)
 
     def _leave(self, view: View) -> None:
+        """Leave `view` if it is the current one; tell its members, who may wait for us, and those who knocked."""
         if self.leave_epoch(view.epoch):
-            self.ask_others(view)
+            self.signals.tell([m for m in view.members if m.rank != self.rank], AskView(view.epoch))
+            knocking, self._knocking = self._knocking, {}
+            self.signals.tell([m for m in knocking.values() if not view.has(m.rank, m.incarnation)], Invite(view))
+
+    def _hear(self, silence_timeout_s: float) -> None:
+        def handle(kind: type, act: Callable[[Any], object]) -> None:
+            def hear(word: Any) -> None:
+                act(word)
+                self.on_change()
+
+            self.signals.on(kind, hear)
+
+        handle(AskView, lambda word: self.leave_epoch(word.epoch))
+        handle(PeerDied, lambda word: self._peer_died(word.rank, word.incarnation))
+        handle(Invite, lambda word: self._membership.invite(word.view))
+        handle(Knock, lambda word: self._let_knock(word.member))
+        self.signals.start(self.seat.member.incarnation, silence_timeout_s, self._peer_is_silent)
+
+    def _peer_died(self, rank: int, incarnation: str) -> None:
+        self._membership.gone(rank, incarnation)
+        view = self.view
+        if view.has(rank, incarnation):
+            self.leave_epoch(view.epoch)
+
+    def _peer_is_silent(self, member: Member) -> None:
+        log.warning("rank %d is silent: asking for a new view", member.rank)
+        if self.view.has(member.rank, member.incarnation):
+            self._leave(self.view)
+
+    def _let_knock(self, member: Member) -> None:
+        view = self.view
+        if not view.has(member.rank, member.incarnation):
+            self._knocking[member.rank] = member
+            if self.epoch_is_over:  # the members are asking for a view right now
+                self.signals.tell([member], Invite(view))
 
     def _use_groups(self) -> None:
         if self._groups is not None:

@@ -1,32 +1,74 @@
-"""`torchrun ... -m elastic_moe.supervise SCRIPT [ARGS ...]`: run any script under a supervisor of its rank.
+"""`torchrun ... -m elastic_moe.supervise SCRIPT [ARGS ...]`: run a script on each rank, and again when it dies.
 
 torchrun stops all its processes when one of them dies, so the process it starts must not be the one that may die.
-This one starts SCRIPT as its child with the same environment, passes signals on, and ends when the child ends.
+This one starts SCRIPT as its child with the same environment. A script that joins by `ElasticRuntime.join(
+Launch.from_torchrun(os.environ))` survives the death of any rank: the others go on at once, and the dead one's script
+is started again and taken in. Exit code 0 ends the rank; a script that dies before it joined, or again and again, ends
+the launch.
 """
 
 import argparse
 import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
-STOP_GRACE_S = 4.0
+from elastic_moe.membership.channel import SeatStart
+from elastic_moe.membership.launch import SUPERVISOR_FD, Launch
+from elastic_moe.membership.rank_supervisor import SEAT, Limits, RankSupervisor
+from elastic_moe.membership.supervisor import Child
+
+
+class ScriptSupervisor(RankSupervisor):
+    """Keeps a user's script in the seat; each node's first rank has a lighthouse beside it."""
+
+    def __init__(self, launch: Launch, command: list[str], limits: Limits) -> None:
+        """`command` is started without a change."""
+        super().__init__(launch, limits, keeps_lighthouse=launch.local_rank == 0)
+        self._command = command
+
+    def start_process(self, start: SeatStart) -> Child:
+        """See the base."""
+        child = self._supervisor.start(SEAT, self._command, fd_variable=SUPERVISOR_FD)
+        child.channel.send(start)
+        return child
+
+    def on_exit(self, code: int) -> int | None:
+        """See the base; 128 + N for a script that signal N killed, as in a shell."""
+        if code == 0 or self._view is None:
+            return code if code >= 0 else 128 - code
+        return None
+
+    def on_given_up(self) -> int | None:
+        """See the base."""
+        return 1
 
 
 def main() -> int:
-    """Run the script; its exit code is this process's (128 + N when signal N killed it)."""
-    parser = argparse.ArgumentParser(prog="python -m elastic_moe.supervise", description=__doc__)
+    """Run the script until it ends well; returns the exit code of this rank."""
+    parser = argparse.ArgumentParser(
+        prog="python -m elastic_moe.supervise",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    defaults = Limits()
+    parser.add_argument(
+        "--hang-timeout", type=float, default=defaults.hang_timeout_s, help="kill a stopped script after SECONDS"
+    )
+    parser.add_argument(
+        "--max-quick-deaths", type=int, default=defaults.max_quick_deaths, help="deaths within a minute of the start"
+    )
     parser.add_argument("script", help="Python script to run")
     parser.add_argument("args", nargs=argparse.REMAINDER, help="its arguments")
     options = parser.parse_args()
     if not Path(options.script).is_file():
         parser.error(f"no such script: {options.script}")
-    child = subprocess.Popen([sys.executable, options.script, *options.args], env=os.environ)  # noqa: S603
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda got, _frame: child.send_signal(got))
-    code = child.wait()
-    return code if code >= 0 else 128 - code
+    try:
+        launch = Launch.from_torchrun(os.environ)
+    except ValueError as error:
+        parser.error(str(error))
+    os.environ.setdefault("RUST_LOG", "error")  # torchft tells of every heartbeat
+    command = [sys.executable, options.script, *options.args]
+    return ScriptSupervisor(launch, command, Limits(options.hang_timeout, options.max_quick_deaths)).run()
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from elastic_moe.config import ServeConfig
 from elastic_moe.membership.launch import Launch
 from elastic_moe.membership.supervisor import complain
 from elastic_moe.serving.listener import listen
-from elastic_moe.serving.supervision import RankSupervisor
+from elastic_moe.serving.supervision import ServeSupervisor
 from launch.config import help_text, load
 
 USAGE = "usage: torchrun [--nnodes N] --nproc-per-node RANKS launch/serve.py [GROUP=OPTION ...] [KEY=VALUE ...]"
@@ -48,7 +48,7 @@ def main() -> int:
     except ValueError as error:
         complain(str(error), attempt)
         return 2
-    return RankSupervisor(config, launch, listener, attempt).run()
+    return ServeSupervisor(config, launch, listener, attempt).run()
 
 
 if __name__ == "__main__":

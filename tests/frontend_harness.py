@@ -72,7 +72,9 @@ class FakeEngine:
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
         port = self._socket.bind_to_random_port("tcp://127.0.0.1")
-        self.member = Member(rank, 0, f"incarnation-{rank}-{port}", 4000 + rank, "host", f"tcp://127.0.0.1:{port}", "")
+        self.member = Member(
+            rank, 0, f"incarnation-{rank}-{port}", 4000 + rank, "host", "", "", f"tcp://127.0.0.1:{port}"
+        )
         self._front_ends: set[bytes] = set()
         self._task = asyncio.get_running_loop().create_task(self._run())
 

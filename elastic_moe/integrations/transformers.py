@@ -110,6 +110,7 @@ def _swap(model: PreTrainedModel, runtime: ElasticRuntime, experts: dict[str, nn
         slots = SlotExperts(module, ExpertLayout.of_module(module), num_slots, runtime.device)
         layers[name] = ElasticMoELayer(number, slots, runtime)
         model.set_submodule(name, layers[name])
+    runtime.layers = list(layers.values())
     return layers
 
 

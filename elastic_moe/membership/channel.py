@@ -14,15 +14,21 @@ from elastic_moe.membership.launch import Launch
 from elastic_moe.membership.view import View
 
 
-class EngineStart(msgspec.Struct, tag="engine", frozen=True):
-    """Supervisor -> engine, first of all: who you are and what to serve."""
+class SeatStart(msgspec.Struct, tag="seat", frozen=True):
+    """Supervisor -> the process of a rank, first of all: who you are."""
 
-    config: ServeConfig
     launch: Launch
     lighthouse: str = ""
     """URL of the lighthouse on this node, for the rank that announces it."""
     rejoin: View | None = None
     """The last view known, for a process that takes the seat of a dead one; None at the first start."""
+
+
+class EngineStart(msgspec.Struct, tag="engine", frozen=True):
+    """Supervisor -> engine, first of all: who you are and what to serve."""
+
+    seat: SeatStart
+    config: ServeConfig
 
 
 class FrontEndStart(msgspec.Struct, tag="front_end", frozen=True):
@@ -60,7 +66,7 @@ class Refused(msgspec.Struct, tag="refused", frozen=True):
     reason: str
 
 
-ToChild = EngineStart | FrontEndStart | ViewChanged
+ToChild = SeatStart | EngineStart | FrontEndStart | ViewChanged
 ToSupervisor = Ready | Refused | ViewChanged | Beat
 
 Incoming = TypeVar("Incoming")

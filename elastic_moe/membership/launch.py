@@ -5,6 +5,8 @@ from collections.abc import Mapping
 
 import msgspec
 
+SUPERVISOR_FD = "ELASTIC_MOE_SUPERVISOR_FD"
+
 
 class Launch(msgspec.Struct, frozen=True):
     """One process's place among the ranks that torchrun started together."""
@@ -20,6 +22,8 @@ class Launch(msgspec.Struct, frozen=True):
     """Whether torchrun's agent keeps that store; if not, rank 0 must."""
     attempt: str = "0"
     """Names this start of the launch, so that a restarted one does not read the records of the last."""
+    supervisor_fd: int | None = None
+    """The line to the supervisor of this process, if `elastic_moe.supervise` has started it."""
 
     @classmethod
     def from_torchrun(cls, environ: Mapping[str, str]) -> "Launch":
@@ -28,8 +32,9 @@ class Launch(msgspec.Struct, frozen=True):
         Raises:
             ValueError: the environment has only a part of torchrun's variables, or no real port.
         """
+        supervisor_fd = int(environ[SUPERVISOR_FD]) if SUPERVISOR_FD in environ else None
         if "RANK" not in environ:
-            return cls()
+            return cls(supervisor_fd=supervisor_fd)
         if environ.get("MASTER_PORT") == "0":
             raise ValueError("torchrun --master-port 0 tells its ranks no port: give one, or --standalone on one node")
         try:
@@ -42,6 +47,7 @@ class Launch(msgspec.Struct, frozen=True):
                 store=f"{environ['MASTER_ADDR']}:{environ['MASTER_PORT']}",
                 store_is_up=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
                 attempt=f"{environ.get('TORCHELASTIC_RUN_ID', '')}/{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}",
+                supervisor_fd=supervisor_fd,
             )
         except KeyError as missing:
             raise ValueError(f"RANK is set but {missing} is not: start with torchrun, or with neither") from None

@@ -9,15 +9,17 @@ import torch.distributed as dist
 
 from elastic_moe.errors import PeerLost
 from elastic_moe.membership.launch import Launch
+from elastic_moe.membership.signals import Signals
 from elastic_moe.membership.view import Member, View
 
 
 class Seat:
-    """This process as it enters the group: its `member` record, and the TCPStore it offers for building groups."""
+    """This process as it enters the group: its `member` record, and what it offers to the others."""
 
     def __init__(self, launch: Launch, host: str = "127.0.0.1", address: str = "", lighthouse: str = "") -> None:
-        """`host` is this host's address for its peers, `address` the engine's message endpoint (if it has one),
+        """`host` is this host's address for its peers, `address` the endpoint for front ends (if it serves),
         `lighthouse` the URL of the one beside it (if there is one)."""
+        self.signals = Signals(host)
         self.store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
         self.member = Member(
             rank=launch.rank,
@@ -25,8 +27,9 @@ class Seat:
             incarnation=uuid.uuid4().hex[:12],
             pid=os.getpid(),
             host=host,
-            address=address,
+            signals=self.signals.address,
             store=f"{host}:{self.store.port}",
+            address=address,
             lighthouse=lighthouse,
         )
 

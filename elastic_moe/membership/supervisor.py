@@ -37,9 +37,15 @@ class Child:
     """One child process and the channel to it."""
 
     def __init__(
-        self, name: str, command: Sequence[str], events: "queue.SimpleQueue[Event]", pass_fds: Sequence[int] = ()
+        self,
+        name: str,
+        command: Sequence[str],
+        events: "queue.SimpleQueue[Event]",
+        pass_fds: Sequence[int] = (),
+        fd_variable: str = "",
     ) -> None:
-        """Start `command` with ` --supervisor-fd N` appended; its messages and its end go to `events`.
+        """Start `command` with ` --supervisor-fd N` appended, or with N in the environment as `fd_variable`; its
+        messages and its end go to `events`.
 
         The child dies when this process does: it reads the end of file, and the kernel kills it should it not.
         """
@@ -53,8 +59,10 @@ class Child:
                 os._exit(1)
 
         with theirs:
+            fd = str(theirs.fileno())
             self._process = subprocess.Popen(  # noqa: S603 - the command is our own
-                [*command, "--supervisor-fd", str(theirs.fileno())],
+                list(command) if fd_variable else [*command, "--supervisor-fd", fd],
+                env={**os.environ, fd_variable: fd} if fd_variable else None,
                 pass_fds=(theirs.fileno(), *pass_fds),
                 start_new_session=True,
                 preexec_fn=die_with_parent,
@@ -100,9 +108,9 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda got, _frame: self.events.put(Event("", code=got)))
 
-    def start(self, name: str, command: Sequence[str], pass_fds: Sequence[int] = ()) -> Child:
+    def start(self, name: str, command: Sequence[str], pass_fds: Sequence[int] = (), fd_variable: str = "") -> Child:
         """Start a child, or start it again; see `Child`."""
-        child = self.children[name] = Child(name, command, self.events, pass_fds)
+        child = self.children[name] = Child(name, command, self.events, pass_fds, fd_variable)
         return child
 
     def next_event(self, timeout_s: float) -> Event | None:

@@ -18,10 +18,12 @@ class Member(msgspec.Struct, frozen=True):
     incarnation: str
     pid: int
     host: str
-    address: str
-    """ZMQ endpoint of the engine's message socket, for example `tcp://127.0.0.1:40123`."""
+    signals: str
+    """ZMQ endpoint for words between members, for example `tcp://127.0.0.1:40123`."""
     store: str
     """`host:port` of the TCPStore this member offers for building groups."""
+    address: str = ""
+    """ZMQ endpoint for front ends, of a member that serves requests."""
     lighthouse: str = ""
     """URL of the lighthouse that runs beside this member, if one does."""
 

@@ -16,29 +16,14 @@ from transformers import PreTrainedModel
 from elastic_moe.config import ModelConfig
 from elastic_moe.errors import ElasticError, NotEnoughSlots, PeerLost
 from elastic_moe.integrations.transformers import LoadTimer, elasticize, meta_model
-from elastic_moe.layer import ElasticMoELayer
 from elastic_moe.membership.channel import Beat, Channel, EngineStart, Ready, Refused, ViewChanged
 from elastic_moe.membership.launch import host_of
-from elastic_moe.membership.rendezvous import Seat
-from elastic_moe.membership.view import Member, View
-from elastic_moe.runtime import ElasticRuntime, topology_of
+from elastic_moe.membership.signals import Wake
+from elastic_moe.membership.supervised import BEAT_S, die_with_supervisor
+from elastic_moe.runtime import ElasticRuntime
 from elastic_moe.serving.batching import Batcher
-from elastic_moe.serving.mailbox import Control, Mailbox
-from elastic_moe.serving.protocol import (
-    AskView,
-    Cancel,
-    Event,
-    Invite,
-    Knock,
-    PeerDied,
-    Status,
-    Submit,
-    ToEngine,
-    Tokens,
-    Wake,
-)
-
-BEAT_S = 0.5
+from elastic_moe.serving.mailbox import Mailbox
+from elastic_moe.serving.protocol import Cancel, Event, Status, Submit, Tokens
 
 log = logging.getLogger("elastic_moe.engine")
 
@@ -53,7 +38,8 @@ class Engine:
             ValueError: the configuration does not fit the model; the message says what does.
             PeerLost: another rank did not come.
         """
-        self._start = start
+        self._config = start.config
+        self._seat = start.seat
         self._channel = channel
         self._phase, self._reason = "loading", ""
         self._load_seconds = 0.0
@@ -62,42 +48,33 @@ class Engine:
         self._woken_for = 0
         self._asleep = False
         self._pending = False
-        self._knocking: dict[int, Member] = {}
-        config = start.config
-        device = pick_device(config.model, start.launch.local_rank, start.launch.local_world_size)
+        config, launch = start.config, start.seat.launch
+        device = pick_device(config.model, launch.local_rank, launch.local_world_size)
         model = meta_model(config.model.path, pick_dtype(config.model.dtype))
-        self._mailbox = Mailbox(host_of(start.launch), self.status, self._on_control)
+        self._mailbox = Mailbox(host_of(launch), self.status)
         self.runtime = self._join(device)
-        self.runtime.ask_others = self._ask_others
-        self.runtime.knock = lambda view: self._tell(view, Knock(self.runtime.seat.member))
+        self.runtime.on_change = lambda: self._mailbox.inbox.put(None)
+        self.runtime.signals.on(Wake, self._be_woken)
         self._mailbox.start()
         self._model = self._load(model)
-        self._layers = [m for m in self._model.modules() if isinstance(m, ElasticMoELayer)]
         self._batcher = Batcher(self._model, config.serving, eos_token_ids(self._model), self._deliver)
         threading.Thread(target=self._beat, name="beat", daemon=True).start()
 
     def _join(self, device: torch.device) -> ElasticRuntime:
-        start, elastic = self._start, self._start.config.elastic
-        settings = {
-            "exchange_timeout_s": elastic.exchange_timeout_s,
-            "lighthouses": [url for url in elastic.lighthouse.split(",") if url],
-            "grow_slots": elastic.grow_slots,
-        }
-        address, lighthouse = self._mailbox.address, start.lighthouse
-        if start.rejoin is not None:
-            seat = Seat(start.launch, host_of(start.launch), address, lighthouse)
-            return ElasticRuntime(seat, start.rejoin, topology_of(start.launch), device, **settings)
+        elastic = self._config.elastic
         return ElasticRuntime.join(
-            start.launch,
+            self._seat,
             device=device,
-            address=address,
-            lighthouse=lighthouse,
+            address=self._mailbox.address,
             start_timeout_s=elastic.start_timeout_s,
-            **settings,
+            exchange_timeout_s=elastic.exchange_timeout_s,
+            silence_timeout_s=elastic.hang_timeout_s,
+            lighthouses=[url for url in elastic.lighthouse.split(",") if url],
+            grow_slots=elastic.grow_slots,
         )
 
     def _load(self, model: PreTrainedModel) -> PreTrainedModel:
-        config, timer = self._start.config, LoadTimer()
+        config, timer = self._config, LoadTimer()
         begin = time.monotonic()
         columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn())
         with Progress(*columns, transient=True, disable=self.runtime.rank != 0 or not sys.stderr.isatty()) as bar:
@@ -126,7 +103,7 @@ class Engine:
             PeerLost: no agreement with anybody within a minute.
             TransferFailed: an expert can be had from no source.
         """
-        if self._start.rejoin is not None:
+        if self._seat.rejoin is not None:
             self._recover("joining")
         self._serving()
         while True:
@@ -142,26 +119,18 @@ class Engine:
             self._pending = self._batcher.prepare()
         self._handshakes += 1
         if self._asleep and self._woken_for < self._handshakes:
-            self._tell(self.runtime.view, Wake(self.runtime.epoch, self._handshakes))
-        work, change = self.runtime.agree(int(self._pending), int(bool(self._knocking)))
-        if change:
-            self._recover("a process joins")
-            return
+            view = self.runtime.view
+            others = [m for m in view.members if m.rank != self.runtime.rank]
+            self.runtime.signals.tell(others, Wake(view.epoch, self._handshakes))
+        (work,) = self.runtime.agree(int(self._pending))
         self._asleep = not work
-        if work:
-            self._step()
-
-    def _step(self) -> None:
-        with self.runtime.step():
-            if self._pending:
+        if work and self._pending:
+            with self.runtime.step():
                 self._batcher.forward()
-            else:
-                with torch.no_grad():
-                    for layer in self._layers:
-                        layer.join_idle()
-        if self._pending:
             self._pending = False
             self._batcher.commit()
+        elif work:
+            self.runtime.join_idle()
 
     def _recover(self, reason: str) -> None:
         """Come back in a later epoch. What was prepared stays so, and its forward runs again."""
@@ -174,12 +143,11 @@ class Engine:
                 self._phase, self._reason = "unavailable", str(error)
                 log.error("%s; waiting for a rank to join", error)  # noqa: TRY400 - expected, and told in one line
                 self._mailbox.announce()
-                while not self._knocking and not self.runtime.epoch_is_over:
+                while not self.runtime.change_is_wanted:
                     self._take(self._mailbox.inbox.get())
                 reason = "the group changes again"
         self._handshakes = self._woken_for = 0
         self._asleep = False
-        self._mailbox.forget_peers({m.address for m in self.runtime.view.members})
         self._serving()
         self._mailbox.send(Event(self.runtime.rank, report))
 
@@ -199,44 +167,19 @@ class Engine:
             self._take(message)
 
     def _must_wake(self) -> bool:
-        woken = self._woken_for > self._handshakes or bool(self._knocking)
-        return woken or self._batcher.has_requests or self.runtime.epoch_is_over
+        return self._woken_for > self._handshakes or self._batcher.has_requests or self.runtime.change_is_wanted
 
-    def _take(self, message: Submit | Cancel | Wake | None) -> None:
+    def _take(self, message: Submit | Cancel | None) -> None:
         if isinstance(message, Submit):
             self._submit(message)
         elif isinstance(message, Cancel):
             self._batcher.cancel(message.request_id)
-        elif isinstance(message, Wake) and message.epoch == self.runtime.epoch:
-            self._woken_for = max(self._woken_for, message.step)
 
-    def _on_control(self, message: Control) -> None:
-        """Words about members, in the mailbox's thread. They only ask for a view; nobody acts on them alone."""
-        runtime = getattr(self, "runtime", None)
-        if runtime is None:
-            return
-        view = runtime.view
-        if isinstance(message, AskView):
-            runtime.leave_epoch(message.epoch)
-        elif isinstance(message, PeerDied):
-            runtime.peer_died(message.rank, message.incarnation)
-        elif isinstance(message, Invite):
-            runtime.invited(message.view)
-        elif not view.has(message.member.rank, message.member.incarnation):
-            self._knocking[message.member.rank] = message.member
-            if runtime.epoch_is_over:  # the members are asking for a view right now
-                self._mailbox.tell_now(message.member.address, Invite(view))
-
-    def _ask_others(self, view: View) -> None:
-        """The members leave `view` now: tell them, and those who knocked."""
-        self._tell(view, AskView(view.epoch))
-        waiting = [m.address for m in self._knocking.values() if not view.has(m.rank, m.incarnation)]
-        self._knocking = {}
-        self._mailbox.tell(waiting, Invite(view))
-
-    def _tell(self, view: View, message: ToEngine) -> None:
-        """Send to the other members of a view."""
-        self._mailbox.tell([m.address for m in view.members if m.rank != self.runtime.rank], message)
+    def _be_woken(self, word: Wake) -> None:
+        """In the signals' thread."""
+        if word.epoch == self.runtime.epoch:
+            self._woken_for = max(self._woken_for, word.step)
+            self._mailbox.inbox.put(None)
 
     def _beat(self) -> None:
         """Tell the supervisor twice a second that this process lives, and whether it gets on."""
@@ -324,11 +267,11 @@ def main() -> None:
         raise SystemExit(1)
     logging.basicConfig(
         level=start.config.log_level.upper(),
-        format=f"%(asctime)s rank {start.launch.rank} %(levelname)s %(message)s",
+        format=f"%(asctime)s rank {start.seat.launch.rank} %(levelname)s %(message)s",
     )
     for name in ("ContinuousBatchingLogger", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    threading.Thread(target=_die_with_supervisor, args=(channel,), daemon=True).start()
+    threading.Thread(target=die_with_supervisor, args=(channel,), daemon=True).start()
     try:
         _serve(start, channel)
     except ElasticError as error:
@@ -344,12 +287,6 @@ def _serve(start: EngineStart, channel: Channel) -> None:
         os._exit(2)
     channel.send(Ready())
     engine.run()
-
-
-def _die_with_supervisor(channel: Channel) -> None:
-    while channel.receive() is not None:
-        pass
-    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -3,29 +3,12 @@
 import queue
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 
 import msgspec
 import zmq
 
-from elastic_moe.serving.protocol import (
-    AskView,
-    Cancel,
-    Event,
-    Hello,
-    Invite,
-    Knock,
-    PeerDied,
-    Status,
-    Submit,
-    ToEngine,
-    Tokens,
-    Wake,
-    decode_to_engine,
-    encode,
-)
-
-Control = PeerDied | AskView | Knock | Invite
+from elastic_moe.serving.protocol import Cancel, Event, Hello, Status, Submit, Tokens, decode_to_engine, encode
 
 STATUS_EVERY_S = 1.0
 FRONT_END_GONE_S = 10.0
@@ -35,9 +18,9 @@ FRONT_END_GONE_S = 10.0
 class Mailbox:
     """One ROUTER socket, served by one thread. The step loop reads `inbox`, waits on it, and calls `send`."""
 
-    def __init__(self, host: str, status: Callable[[], Status | None], control: Callable[[Control], None]) -> None:
-        """Bind a free port on `host`. Both are called in the mailbox's thread: `status` to report (None while there
-        is nothing to tell), `control` with words about the group's members."""
+    def __init__(self, host: str, status: Callable[[], Status | None]) -> None:
+        """Bind a free port on `host`. `status` is called in the mailbox's thread; None while there is nothing to
+        tell."""
         self._context = zmq.Context()
         self._router = self._context.socket(zmq.ROUTER)
         self._router.setsockopt(zmq.LINGER, 200)
@@ -48,11 +31,9 @@ class Mailbox:
         self._sender = self._context.socket(zmq.PUSH)
         self._sender.connect("inproc://outbox")
         self._status = status
-        self._control = control
-        self._peers: dict[str, zmq.Socket] = {}
         self._front_ends: dict[bytes, float] = {}
         self._owners: dict[str, bytes] = {}
-        self.inbox: queue.SimpleQueue[Submit | Cancel | Wake | None] = queue.SimpleQueue()
+        self.inbox: queue.SimpleQueue[Submit | Cancel | None] = queue.SimpleQueue()
         """For the step loop; None only wakes it."""
         self._thread = threading.Thread(target=self._serve, name="mailbox", daemon=True)
 
@@ -68,19 +49,6 @@ class Mailbox:
         """Send a `Status` to every front end now. From the step loop's thread only."""
         self._sender.send(b"")
 
-    def tell(self, addresses: Collection[str], message: ToEngine) -> None:
-        """Send to the engines at these addresses. From the step loop's thread only; in `control` use `tell_now`."""
-        for address in addresses:
-            self._sender.send_multipart([address.encode(), encode(message)])
-
-    def tell_now(self, address: str, message: ToEngine) -> None:
-        """The same from the mailbox's own thread."""
-        self._send_to_peer(address, encode(message))
-
-    def forget_peers(self, addresses: Collection[str]) -> None:
-        """Close the sockets to all engines but these. From the step loop's thread only."""
-        self._sender.send_multipart([b"", *(address.encode() for address in addresses)])
-
     def _serve(self) -> None:
         poller = zmq.Poller()
         poller.register(self._router, zmq.POLLIN)
@@ -91,32 +59,15 @@ class Mailbox:
             if self._router in ready:
                 self._receive(*self._router.recv_multipart())
             if self._outbox in ready:
-                frames = self._outbox.recv_multipart()
-                if len(frames) > 1:
-                    self._serve_peers(*frames)
-                elif frames[0]:
-                    self._deliver(frames[0])
+                frame = self._outbox.recv()
+                if frame:
+                    self._deliver(frame)
                 else:
                     next_status = 0.0
             if time.monotonic() >= next_status:
                 next_status = time.monotonic() + STATUS_EVERY_S
                 self._expire_front_ends()
                 self._broadcast_status()
-
-    def _serve_peers(self, address: bytes, *rest: bytes) -> None:
-        if address:
-            self._send_to_peer(address.decode(), rest[0])
-            return
-        for gone in self._peers.keys() - {other.decode() for other in rest}:
-            self._peers.pop(gone).close()
-
-    def _send_to_peer(self, address: str, frame: bytes) -> None:
-        if address not in self._peers:
-            peer = self._peers[address] = self._context.socket(zmq.DEALER)
-            peer.setsockopt(zmq.LINGER, 0)
-            peer.setsockopt(zmq.SNDHWM, 0)  # a dead peer must not block this thread; it is forgotten with its view
-            peer.connect(address)
-        self._peers[address].send(frame)
 
     def _receive(self, sender: bytes, *frames: bytes) -> None:
         try:
@@ -129,10 +80,6 @@ class Mailbox:
             status = self._status() if new else None
             if status:
                 self._router.send_multipart([sender, encode(status)])
-            return
-        if isinstance(message, Control):
-            self._control(message)
-            self.inbox.put(None)
             return
         if isinstance(message, Submit):
             self._owners[message.request_id] = sender

@@ -1,6 +1,6 @@
 """The messages between front ends and engines: msgspec structs, MessagePack on ZMQ. Never pickle.
 
-An engine binds one ROUTER socket; every front end (and every other engine, to ring its bell) connects a DEALER.
+An engine binds one ROUTER socket; every front end connects a DEALER.
 One message is one frame. Positions make delivery idempotent: `Tokens.start` says where its tokens belong, so a
 token that arrives twice is recognised and dropped.
 """
@@ -8,7 +8,7 @@ token that arrives twice is recognised and dropped.
 import msgspec
 
 from elastic_moe.control.report import Report
-from elastic_moe.membership.view import Member, View
+from elastic_moe.membership.view import View
 
 
 class Sampling(msgspec.Struct, frozen=True):
@@ -44,38 +44,6 @@ class Hello(msgspec.Struct, tag="hello", frozen=True):
     """Front end -> engine, about once a second: keep sending me `Status`. Answered with one at once."""
 
     frontend: str
-
-
-class Wake(msgspec.Struct, tag="wake", frozen=True):
-    """Engine -> engine: I have entered handshake number `step` of `epoch`; if you sleep before it, come."""
-
-    epoch: int
-    step: int
-
-
-class PeerDied(msgspec.Struct, tag="peer_died", frozen=True):
-    """Supervisor -> all engines: this process has ended. Asks for a new view; nobody acts on it alone."""
-
-    rank: int
-    incarnation: str
-
-
-class AskView(msgspec.Struct, tag="ask_view", frozen=True):
-    """Engine -> engines: the groups of `epoch` are broken; leave them and ask for the next view."""
-
-    epoch: int
-
-
-class Knock(msgspec.Struct, tag="knock", frozen=True):
-    """A process that is ready to be a member -> engines: take me in at the next step you agree on."""
-
-    member: Member
-
-
-class Invite(msgspec.Struct, tag="invite", frozen=True):
-    """Members -> a process that knocked: we ask for the next view now, so do you. `view` is the one we leave."""
-
-    view: View
 
 
 class Tokens(msgspec.Struct, tag="tokens", frozen=True):
@@ -123,7 +91,7 @@ class Event(msgspec.Struct, tag="event", frozen=True):
     report: Report
 
 
-ToEngine = Submit | Cancel | Hello | Wake | PeerDied | AskView | Knock | Invite
+ToEngine = Submit | Cancel | Hello
 ToFrontEnd = Tokens | Status | Event
 
 encode = msgspec.msgpack.Encoder().encode

@@ -63,7 +63,7 @@ def with_a_hole(launch):
     seat = Seat(launch)
     view = meet(launch, seat.member, 30)
     members = tuple(
-        type(m)(rank, m.node, m.incarnation, m.pid, m.host, m.address, m.store)
+        type(m)(rank, m.node, m.incarnation, m.pid, m.host, m.signals, m.store)
         for m, rank in zip(view.members, (0, 2, 5), strict=True)
     )
     view, rank = View(2, members), (0, 2, 5)[launch.rank]

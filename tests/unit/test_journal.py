@@ -9,7 +9,7 @@ from elastic_moe.serving.routing import SILENT, RankLoad, choose_rank
 
 
 def member(rank: int, incarnation: str) -> Member:
-    return Member(rank, 0, incarnation, 1, "host", f"tcp://127.0.0.1:{rank + 1}", "")
+    return Member(rank, 0, incarnation, 1, "host", "", "", f"tcp://127.0.0.1:{rank + 1}")
 
 
 def entry(request_id: str = "a", max_tokens: int = 8) -> Entry:

@@ -11,20 +11,7 @@ import zmq
 from elastic_moe.membership.view import Member, View
 from elastic_moe.serving import mailbox as module
 from elastic_moe.serving.mailbox import Mailbox
-from elastic_moe.serving.protocol import (
-    AskView,
-    Cancel,
-    Hello,
-    Invite,
-    Knock,
-    PeerDied,
-    Status,
-    Submit,
-    Tokens,
-    Wake,
-    decode_to_front_end,
-    encode,
-)
+from elastic_moe.serving.protocol import Cancel, Hello, Status, Submit, Tokens, decode_to_front_end, encode
 
 STATUS = Status(rank=3, incarnation="x", phase="serving", view=View(1, (Member(3, 0, "x", 1, "host", "", ""),)))
 WAIT_S = 10.0
@@ -53,9 +40,7 @@ class Harness:
         self.status: Status | None = STATUS
         self._stack = stack
         self._context = stack.enter_context(zmq.Context())
-        self.words: queue.SimpleQueue[object] = queue.SimpleQueue()
-        """About members, as the engine hears them."""
-        self.mailbox = Mailbox("127.0.0.1", lambda: self.status, self.words.put)
+        self.mailbox = Mailbox("127.0.0.1", lambda: self.status)
         self.mailbox.start()
 
     def front_end(self) -> FrontEnd:
@@ -151,23 +136,6 @@ def test_a_request_has_no_owner_after_its_end_or_its_cancellation(harness: Harne
         harness.mailbox.send(tokens)
     assert front_end.receive() == Tokens("a", "x", 0, [1], "length")
     assert front_end.receive(0.2) is None
-
-
-def test_a_peer_rings_the_bell(harness: Harness):
-    with ExitStack() as stack:
-        peer = Harness(stack)
-        for step in (4, 5):
-            peer.mailbox.tell([harness.mailbox.address], Wake(2, step))
-        assert [harness.next() for _ in range(2)] == [Wake(2, 4), Wake(2, 5)]
-
-
-@pytest.mark.parametrize("word", [AskView(4), PeerDied(2, "y"), Knock(STATUS.view.members[0]), Invite(STATUS.view)])
-def test_words_about_members_reach_the_engine_at_once_and_wake_the_step_loop(harness: Harness, word: msgspec.Struct):
-    with ExitStack() as stack:
-        peer = Harness(stack)
-        peer.mailbox.tell([harness.mailbox.address], word)
-        assert harness.next() is None
-        assert harness.words.get_nowait() == word
 
 
 @pytest.mark.parametrize("frames", [[b""], [b"\xff\x00garbage"], [b"a", b"b", b""], [encode(STATUS)], [b"\x80"]])

@@ -1,0 +1,54 @@
+"""The child's side of a supervisor, for any script: `elastic_moe.supervise` started it, and may start it again."""
+
+import os
+import threading
+import time
+
+from elastic_moe.membership.channel import Beat, Channel, SeatStart, ViewChanged
+from elastic_moe.membership.launch import Launch
+from elastic_moe.membership.view import View
+
+BEAT_S = 0.5
+
+
+class Supervised:
+    """The line to the supervisor of this process."""
+
+    def __init__(self, channel: Channel, start: SeatStart) -> None:
+        """`start` is what the supervisor said first."""
+        self.start = start
+        self._channel = channel
+
+    @classmethod
+    def of_launch(cls, launch: Launch) -> "Supervised | None":
+        """None for a process that has no supervisor."""
+        if launch.supervisor_fd is None:
+            return None
+        channel = Channel.of_child(launch.supervisor_fd)
+        start = channel.receive()
+        if not isinstance(start, SeatStart):
+            raise SystemExit(1)  # the supervisor is gone
+        return cls(channel, start)
+
+    def tell_view(self, view: View) -> None:
+        """The members of the group, for the supervisor and for whoever it starts in this seat next."""
+        self._channel.send(ViewChanged(view))
+
+    def begin(self) -> None:
+        """Die with the supervisor from now on, and let it see that this process lives.
+
+        What a script does between its steps is its own business, so it is watched for silence only, not for progress.
+        """
+        threading.Thread(target=die_with_supervisor, args=(self._channel,), daemon=True).start()
+        threading.Thread(target=self._beat, name="beat", daemon=True).start()
+
+    def _beat(self) -> None:
+        while self._channel.send(Beat(0, working=False)):
+            time.sleep(BEAT_S)
+
+
+def die_with_supervisor(channel: Channel) -> None:
+    """Wait for the supervisor's end, and end."""
+    while channel.receive() is not None:
+        pass
+    os._exit(0)
