@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
@@ -25,6 +25,7 @@ from elastic_moe.membership.view import Member, View
 from elastic_moe.placement.placement import Placement, fewest_slots, initial_placement
 from elastic_moe.placement.registry import PlacementRegistry
 from elastic_moe.placement.topology import Topology
+from elastic_moe.weights.peers import Peers, WeightServer
 from elastic_moe.weights.store import ExpertStore, ReadExpert
 
 log = logging.getLogger("elastic_moe.runtime")
@@ -94,6 +95,7 @@ class ElasticRuntime:
         self._registry: PlacementRegistry | None = None
         self._exchange: TokenExchange | None = None
         self._store: ExpertStore | None = None
+        self._weight_server: WeightServer | None = None
         self._hear(silence_timeout_s)
         if view.has(self.rank, seat.member.incarnation):
             self.signals.watch(view, self.rank)
@@ -127,9 +129,12 @@ class ElasticRuntime:
         if isinstance(start, Launch):
             start = supervised.start if supervised else SeatStart(start)
         launch = start.launch
-        seat = Seat(launch, host_of(launch), address, start.lighthouse)
+        host = host_of(launch)
+        server = WeightServer(host)
+        seat = Seat(launch, host, address=address, weights=server.address, lighthouse=start.lighthouse)
         view = start.rejoin or meet(launch, seat.member, start_timeout_s)
         runtime = cls(seat, view, topology_of(launch), device, **settings)
+        runtime._weight_server = server
         if supervised:
             runtime.on_view.append(supervised.tell_view)
             if start.rejoin is None:
@@ -194,6 +199,15 @@ class ElasticRuntime:
         self._store.record_digests()
         if self._groups is not None:
             self._store.digests = self.groups.control.all_reduce_max_array(self._store.digests)
+
+    def peers(self) -> Peers | None:
+        """Where a newcomer takes its weights from, before the disk; None for a process that is a member."""
+        return None if self._groups is not None else Peers(self.view.members)
+
+    def give_weights(self, dense: Mapping[str, torch.Tensor]) -> None:
+        """Offer the experts held here, and these dense tensors by their names in the state dict, to newcomers."""
+        if self._weight_server is not None:
+            self._weight_server.start(dense, self.store)
 
     def agree(self, *flags: int) -> list[int]:
         """The largest value of each flag over all ranks. Collective; every rank gives as many flags.
@@ -299,7 +313,9 @@ class ElasticRuntime:
             enter=self._enter,
             leave=self._leave,
         )
-        placement, report = recovery.run(self.view, self.registry.placement.version, reason, RECOVERY_DEADLINE_S)
+        version = self.registry.placement.version
+        newcomer = self._groups is None
+        placement, report = recovery.run(self.view, version, reason, RECOVERY_DEADLINE_S, newcomer=newcomer)
         self.registry.commit(placement)
         self._use_groups()
         log.info("recovered: %s", report)
@@ -312,6 +328,8 @@ class ElasticRuntime:
         """Leave for good. Peers still inside a call get `PeerLost`."""
         self._membership.close()
         self.signals.close()
+        if self._weight_server is not None:
+            self._weight_server.close()
         if self._groups is not None:
             self._groups.abort()
 

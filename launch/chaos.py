@@ -9,8 +9,8 @@ or repeated, a fault did not come, or a rank did not return. 2: it could not sta
 """
 
 import asyncio
-import contextlib
 import json
+import math
 import signal
 import sys
 import time
@@ -90,7 +90,7 @@ class Chaos:
         try:
             while disturbed.num_pieces < pieces and not running.done():
                 await asyncio.sleep(0.001)
-            fired = Fired(0.0, ()) if running.done() else await fire(fault, engines, node, lambda: recovering(target))
+            fired = Fired(0.0, ()) if running.done() else await fire(fault, engines, node)
             if node and fired.victims and self._own:
                 await asyncio.to_thread(self._own.restart, 1)
             await running
@@ -151,14 +151,6 @@ async def healed(target: Target, num_ranks: int | None, dead: frozenset[int], wi
     return found
 
 
-async def recovering(target: Target) -> None:
-    """Wait until a rank is seen not to serve; at most a second, which is longer than most recoveries take."""
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(1.0):
-            while all(m["phase"] == "serving" for m in (await target.status())["members"]):
-                await asyncio.sleep(0.005)
-
-
 async def _events(target: Target) -> list[dict[str, Any]]:
     try:
         return await target.events()
@@ -194,7 +186,7 @@ def main() -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    good = is_good(found, chaos.faults)
+    good = is_good(found, chaos.faults, chaos.max_gap_ms or math.inf)
     if own is not None and good:
         own.forget_output()
     elif own is not None:

@@ -33,6 +33,7 @@ class ChaosConfig:
     url: str = _key("", "drive this running server, on this machine; empty: start one")
     ranks: int = _key(4, "ranks of the server to start, over all its nodes")
     nodes: int = _key(1, "1, or 2: two torchrun commands on this machine")
+    max_gap_ms: float | None = _key(None, "longest wait of a stream allowed where processes were killed; null: any")
     rejoin_timeout_s: float = _key(60.0, "how long all ranks may take to serve again after a fault, in seconds")
 
     def kind_names(self) -> tuple[str, ...]:
@@ -54,6 +55,8 @@ class ChaosConfig:
         _check(not self.url or self.url.startswith("http://"), "url", self.url, "must be empty, or http://HOST:PORT")
         own_nodes = not self.url and self.nodes == 2
         _check("kill_node" not in kinds or own_nodes, "kinds", self.kinds, "kill_node needs chaos.nodes=2 and no url")
+        gap = self.max_gap_ms
+        _check(gap is None or gap > 0, "max_gap_ms", gap, "must be null, or more than 0 ms")
         _check(self.rejoin_timeout_s > 0, "rejoin_timeout_s", self.rejoin_timeout_s, "must be more than 0 seconds")
 
 

@@ -5,7 +5,7 @@ import contextlib
 import random
 import signal
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -14,8 +14,8 @@ from launch.chaos_config import PAIRS
 
 AFTER = (0.1, 0.7)
 """Fraction of the pieces of all answers that has arrived when a fault comes."""
-DELAY_S = (0.0, 0.15)
-"""From the moment the survivors are seen to recover to the second victim of kill_in_recovery."""
+DELAY_S = (0.03, 0.3)
+"""From the first victim of kill_in_recovery to the second: as long as detection and recovery take."""
 SIGNALS = {"stop": signal.SIGSTOP, "term": signal.SIGTERM}
 """Of the kinds that do not send SIGKILL."""
 
@@ -61,26 +61,19 @@ def schedule(seed: int, count: int, kinds: Sequence[str], node_of_rank: Sequence
     return faults
 
 
-async def fire(
-    fault: Fault,
-    engines: Mapping[int, psutil.Process],
-    node: Sequence[psutil.Process],
-    recovering: Callable[[], Awaitable[None]],
-) -> Fired:
+async def fire(fault: Fault, engines: Mapping[int, psutil.Process], node: Sequence[psutil.Process]) -> Fired:
     """Do it. A victim that is gone before its signal is no victim.
 
     Args:
         fault: what to do.
         engines: the engine processes by rank.
         node: the process tree that kill_node kills.
-        recovering: waits until the survivors recover.
     """
     number = SIGNALS.get(fault.kind, signal.SIGKILL)
     targets = list(node) if fault.kind == "kill_node" else [engines[rank] for rank in fault.ranks]
     victims, at = [], time.time()
     for i, process in enumerate(targets):
         if i and fault.kind == "kill_in_recovery":
-            await recovering()
             await asyncio.sleep(fault.delay_s)
         with contextlib.suppress(psutil.NoSuchProcess):
             process.send_signal(number)

@@ -1,5 +1,6 @@
 """What launch/chaos.py found: each round's part, and the JSON object of the whole run. Functions of their arguments."""
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,6 +9,8 @@ from typing import Any
 from launch.chaos_faults import Fault
 from launch.chaos_load import Answer, Verdict, compare, gaps_s, percentile
 
+KILLS = ("kill", "kill_two", "kill_in_recovery")
+"""Kinds that end processes at once."""
 PHASES = ("detect", "view", "groups", "repair", "commit", "repeat")
 
 
@@ -78,11 +81,11 @@ def summary(rounds: Sequence[Round], wanted: Sequence[Answer]) -> dict[str, Any]
     for one in rounds:
         for phase, values in phases_ms(one).items():
             phases[phase].extend(values)
-    reports = [event["report"] for one in rounds for event in one.reports]
+    by_epoch = {event["report"]["epoch"]: event["report"] for one in rounds for event in one.reports}
     num_bytes: Counter[str] = Counter()
-    for report in reports:
+    for report in by_epoch.values():
         num_bytes.update(report["bytes_by_source"])
-    bounds = {(report["epoch"], report["bytes_lower_bound"]) for report in reports}
+    kinds = sorted({one.fault.kind for one in rounds})
     return {
         "requests": verdicts.total(),
         "finished": verdicts.total() - verdicts[Verdict.UNFINISHED],
@@ -92,26 +95,38 @@ def summary(rounds: Sequence[Round], wanted: Sequence[Answer]) -> dict[str, Any]
         "faults": {"fired": sum(one.fired for one in rounds), "counted": sum(one.counted for one in rounds)},
         "not_rejoined": sum(one.healed_s is None for one in rounds),
         "placements_wrong": sum(bool(one.placement_fault) for one in rounds),
-        "gap_ms": {**_spread(gaps), "max": _rounded(max(gaps, default=None))},
+        "gap_ms": _spread_and_max(gaps),
+        "gap_ms_by_kind": {
+            kind: _spread_and_max([g * 1e3 for one in rounds if one.fault.kind == kind for g in gaps_s(one.answers)])
+            for kind in kinds
+        },
         "phase_ms": {phase: _spread(values) for phase, values in phases.items() if values},
         "bytes_by_source": dict(num_bytes),
-        "bytes_lower_bound": sum(bound for _, bound in bounds),
+        "bytes_lower_bound": sum(report["bytes_lower_bound"] for report in by_epoch.values()),
     }
 
 
-def is_good(found: Mapping[str, Any], num_faults: int) -> bool:
-    """Whether nothing was lost, changed or repeated, and every fault came, was seen and healed."""
+def is_good(found: Mapping[str, Any], num_faults: int, max_gap_ms: float = math.inf) -> bool:
+    """Whether nothing was lost, changed or repeated, every fault came, was seen and healed, no more bytes were moved
+    than needed, and no stream waited longer than `max_gap_ms` where processes were killed."""
     zeros = ("mismatched", "duplicated", "lost", "not_rejoined", "placements_wrong")
     faults = found["faults"]
+    longest = max((gap["max"] or 0.0 for kind, gap in found["gap_ms_by_kind"].items() if kind in KILLS), default=0.0)
     return (
         found["finished"] == found["requests"]
         and not any(found[key] for key in zeros)
         and faults["fired"] == faults["counted"] == num_faults
+        and sum(found["bytes_by_source"].values()) <= found["bytes_lower_bound"]
+        and longest <= max_gap_ms
     )
 
 
 def _spread(values: Sequence[float]) -> dict[str, float | None]:
     return {"p50": _rounded(percentile(values, 50)), "p99": _rounded(percentile(values, 99))}
+
+
+def _spread_and_max(values: Sequence[float]) -> dict[str, float | None]:
+    return {**_spread(values), "max": _rounded(max(values, default=None))}
 
 
 def _rounded(value: float | None) -> float | None:

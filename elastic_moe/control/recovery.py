@@ -24,12 +24,16 @@ from elastic_moe.placement.repair import grow, lower_bound_moves, repair
 from elastic_moe.placement.topology import Topology
 from elastic_moe.placement.transfers import Distance, TransferPlan, plan_transfers
 from elastic_moe.transport.group import move_experts
-from elastic_moe.weights.store import ExpertStore
+from elastic_moe.weights.store import UNKNOWN, ExpertStore
 
 log = logging.getLogger("elastic_moe.recovery")
 
 MOVES_IN_FLIGHT = 64
 """Experts on their way between ranks at once; bounds the receive buffers of the transport."""
+
+
+SOURCES = ("own", "node", "remote", "disk")
+"""Names of `Distance`, for reports and metrics."""
 
 
 class Phase(enum.Enum):
@@ -71,12 +75,15 @@ class Recovery:
         self._knock = knock
         self._enter = enter
         self._leave = leave
+        self._newcomer = False
         self._seconds: dict[str, float] = {}
-        self._bytes: dict[str, int] = {}
+        self._bytes = np.zeros(len(Distance), dtype=np.int64)
         self._rejected = 0
         self._lower_bound = 0
 
-    def run(self, view: View, version: int, reason: str, deadline_s: float) -> tuple[Placement, Report]:
+    def run(
+        self, view: View, version: int, reason: str, deadline_s: float, *, newcomer: bool
+    ) -> tuple[Placement, Report]:
         """Go from `view` to a later one, in which all members agree on a placement.
 
         Args:
@@ -84,6 +91,7 @@ class Recovery:
             version: of the last placement committed here.
             reason: what was noticed, for the report.
             deadline_s: give up after this many seconds.
+            newcomer: this process has never been a member; what it holds must have the digests of the group.
 
         Raises:
             PeerLost: no agreement within the deadline.
@@ -91,6 +99,7 @@ class Recovery:
             TransferFailed: an expert can be had from no source.
         """
         old, noticed_at, begin, attempts = view, time.time(), time.monotonic(), 0
+        self._newcomer = newcomer
         while True:
             attempts += 1
             try:
@@ -115,7 +124,7 @@ class Recovery:
             reason=reason,
             noticed_at=noticed_at,
             phase_s=self._seconds,
-            bytes_by_source=self._bytes,
+            bytes_by_source={source: int(n) for source, n in zip(SOURCES, self._bytes, strict=True) if n},
             bytes_lower_bound=self._lower_bound,
             rejected=self._rejected,
             attempts=attempts,
@@ -123,29 +132,38 @@ class Recovery:
         return placement, report
 
     def _repair(self, view: View, groups: EpochGroups, version: int) -> Placement:
+        self._bytes.fill(0)
         with self._phase(Phase.REPAIR):
             held, version = self._gather(groups, version)
             placement, held = self._plan(held, view, version + 1)
             plan = plan_transfers(held, placement, view.ranks, self._topology)
             failure = self._transfer(plan, groups)
         with self._phase(Phase.COMMIT):
-            (failed,) = groups.control.all_reduce_max([int(failure is not None)])
+            brought = np.zeros((self._topology.num_ranks, len(SOURCES)), dtype=np.int64)
+            brought[self._me.rank] = self._bytes
+            failed, *brought = groups.control.all_reduce_max([int(failure is not None), *brought.ravel().tolist()])
             if failure is not None:
                 raise failure
             if failed:
                 raise PeerLost(f"a member of epoch {view.epoch} could not restore its experts")
+            self._bytes = np.reshape(brought, (-1, len(SOURCES))).sum(axis=0)
         return placement
 
     def _gather(self, groups: EpochGroups, version: int) -> tuple[np.ndarray, int]:
         """What every seat holds, int32 [L, R * S]; and the newest placement version of all."""
         store = self._store
-        num_slots, version = groups.control.all_reduce_max([store.num_slots, version])
+        num_slots, version, known = groups.control.all_reduce_max([store.num_slots, version, int(not self._newcomer)])
         store.grow(num_slots)
+        store.record_digests()
+        bystander = self._newcomer and known  # a newcomer has no say in what the right bytes are
+        said = np.full_like(store.digests, UNKNOWN) if bystander else store.digests
+        if given_up := store.trust(groups.control.all_reduce_max_array(said)):
+            self._rejected += given_up
+            log.warning("%d experts brought along have wrong digests", given_up)
         num_layers = store.held.shape[0]
         table = np.full((num_layers, self._topology.num_ranks, num_slots), EMPTY, dtype=np.int64)
         table[:, self._me.rank] = store.held
         table = groups.control.all_reduce_max_array(table)
-        store.digests = groups.control.all_reduce_max_array(store.digests)
         return table.reshape(num_layers, -1).astype(np.int32), version
 
     def _plan(self, held: np.ndarray, view: View, version: int) -> tuple[Placement, np.ndarray]:
@@ -187,15 +205,16 @@ class Recovery:
         return None
 
     def _accept(self, layer: int, slot: int, expert: int, distance: Distance) -> None:
-        store, source = self._store, distance.name.lower()
+        store = self._store
         if distance is not Distance.OUTSIDE:
             if store.accept(layer, slot, expert):
-                self._bytes[source] = self._bytes.get(source, 0) + store.expert_bytes
+                self._bytes[distance] += store.expert_bytes
                 return
             self._rejected += 1
-            log.warning("layer %d expert %d: the %s copy has a wrong digest; reading the disk", layer, expert, source)
+            log.warning("layer %d expert %d: the %s copy has a wrong digest; reading the disk", layer, expert, distance)
         store.vacate(layer, slot)
-        self._bytes["disk"] = self._bytes.get("disk", 0) + store.read_from_disk(layer, slot, expert)
+        store.read_from_disk(layer, slot, expert)
+        self._bytes[Distance.OUTSIDE] += store.expert_bytes
 
     @contextmanager
     def _phase(self, phase: Phase) -> Iterator[None]:

@@ -14,7 +14,8 @@ class Report(msgspec.Struct, frozen=True):
     noticed_at: float
     phase_s: dict[str, float]
     bytes_by_source: dict[str, int]
-    """Bytes that came into this rank's slots, by distance: own, node, remote, disk."""
+    """Bytes that came into slots in the whole group, by distance (own, node, remote, disk), as they are in memory; of
+    the attempt that succeeded."""
     bytes_lower_bound: int
     """Bytes of the copies newly needed in the whole group."""
     rejected: int

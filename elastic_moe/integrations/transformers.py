@@ -1,7 +1,8 @@
 """elasticize: give a transformers MoE model its experts in slots, spread over the ranks of a runtime."""
 
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -13,8 +14,12 @@ from elastic_moe.layer import ElasticMoELayer
 from elastic_moe.placement.placement import EMPTY
 from elastic_moe.runtime import ElasticRuntime
 from elastic_moe.weights.checkpoint import CheckpointReader
+from elastic_moe.weights.conversion import target_dtypes
 from elastic_moe.weights.layout import ExpertLayout
 from elastic_moe.weights.materialize import materialize, set_tensor
+from elastic_moe.weights.peers import Peers
+
+log = logging.getLogger("elastic_moe.weights")
 
 Progress = Callable[[int, int], None]
 """Called with (bytes read so far, bytes to read in all) while a checkpoint is loaded."""
@@ -131,23 +136,48 @@ def _load(
     counts = (held != EMPTY).sum(axis=1).tolist()
     total = reader.bytes_total_dense
     total += sum(reader.bytes_per_expert(name) * count for name, count in zip(experts, counts, strict=True))
-    for name, tensor in reader.read_dense(runtime.device):
-        set_tensor(model, name, tensor)
+    peers = runtime.peers()
+
+    def tell() -> None:
         if progress:
-            progress(reader.bytes_read, total)
+            progress(reader.bytes_read + (peers.bytes if peers else 0), total)
+
+    had = _dense_from(peers, model, reader, runtime.device) if peers else ()
+    for name, tensor in reader.read_dense(runtime.device, but=had):
+        set_tensor(model, name, tensor)
+        tell()
     layers = _swap(model, runtime, experts)
     for name, layer in layers.items():
         for slot, expert in _own_slots(runtime, layer):
-            reader.read_expert(name, expert, layer.experts.slot_tensors(slot))
-            if progress:
-                progress(reader.bytes_read, total)
+            out = layer.experts.slot_tensors(slot)
+            if not (peers and peers.expert(layer.layer, expert, out)):
+                reader.read_expert(name, expert, out)
+            tell()
+    if peers:
+        log.info("weights: %.1f MB from peers, %.1f MB from disk", peers.bytes / 1e6, reader.bytes_read / 1e6)
+        peers.close()
     materialize(model, runtime.device, reader.missing)
     names = list(experts)
     runtime.hold(
         [layer.experts for layer in layers.values()],
         read=lambda layer, expert, out: reader.read_expert(names[layer], expert, out),
     )
+    dense = model.state_dict()
+    runtime.give_weights({name: dense[name] for name in reader.dense_names()})
     return model.eval()
+
+
+def _dense_from(
+    peers: Peers, model: PreTrainedModel, reader: CheckpointReader, device: torch.device
+) -> Collection[str]:
+    """Take the dense weights of running members. Returns the names of those that were had."""
+    shapes, dtypes, had = model.state_dict(), target_dtypes(model), set()
+    for name in reader.dense_names():
+        tensor = torch.empty(shapes[name].shape, dtype=dtypes[name], device=device)
+        if peers.dense(name, tensor):
+            set_tensor(model, name, tensor)
+            had.add(name)
+    return had
 
 
 class LoadTimer:

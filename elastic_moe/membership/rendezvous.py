@@ -16,9 +16,11 @@ from elastic_moe.membership.view import Member, View
 class Seat:
     """This process as it enters the group: its `member` record, and what it offers to the others."""
 
-    def __init__(self, launch: Launch, host: str = "127.0.0.1", address: str = "", lighthouse: str = "") -> None:
-        """`host` is this host's address for its peers, `address` the endpoint for front ends (if it serves),
-        `lighthouse` the URL of the one beside it (if there is one)."""
+    def __init__(
+        self, launch: Launch, host: str = "127.0.0.1", *, address: str = "", weights: str = "", lighthouse: str = ""
+    ) -> None:
+        """`host` is this host's address for its peers; `address` and `weights` are endpoints for front ends and for
+        newcomers (if it serves them), `lighthouse` the URL of the one beside it (if there is one)."""
         self.signals = Signals(host)
         self.store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
         self.member = Member(
@@ -30,6 +32,7 @@ class Seat:
             signals=self.signals.address,
             store=f"{host}:{self.store.port}",
             address=address,
+            weights=weights,
             lighthouse=lighthouse,
         )
 

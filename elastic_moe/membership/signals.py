@@ -70,7 +70,7 @@ class Mouth:
     """Sends words to addresses. From any thread; never waits for anybody."""
 
     def __init__(self) -> None:
-        self._context = zmq.Context()
+        self._context = zmq.Context.instance()
         self._lock = threading.Lock()
         self._sockets: dict[str, zmq.Socket] = {}
 
@@ -92,8 +92,7 @@ class Mouth:
 
     def close(self) -> None:
         """Close all; words on their way have `LINGER_MS` to go out."""
-        with self._lock:
-            self._context.destroy()
+        self.know([])
 
     def _socket(self, address: str) -> zmq.Socket:
         if address not in self._sockets:
@@ -109,8 +108,7 @@ class Signals:
 
     def __init__(self, host: str) -> None:
         """Bind a free port on `host`; nothing is heard before `start`."""
-        self._context = zmq.Context()
-        self._router = self._context.socket(zmq.ROUTER)
+        self._router = zmq.Context.instance().socket(zmq.ROUTER)
         self.address = f"tcp://{host}:{self._router.bind_to_random_port(f'tcp://{host}')}"
         self._mouth = Mouth()
         self._handlers: dict[type, Callable[[Any], None]] = {}
@@ -161,7 +159,7 @@ class Signals:
                 with self._lock:
                     neighbours = list(self._neighbours.values())
                 self.tell(neighbours, alive)
-        self._context.destroy(linger=0)
+        self._router.close(linger=0)
 
     def _receive(self, frame: bytes) -> None:
         try:

@@ -24,6 +24,8 @@ class Member(msgspec.Struct, frozen=True):
     """`host:port` of the TCPStore this member offers for building groups."""
     address: str = ""
     """ZMQ endpoint for front ends, of a member that serves requests."""
+    weights: str = ""
+    """ZMQ endpoint from which a newcomer takes weights."""
     lighthouse: str = ""
     """URL of the lighthouse that runs beside this member, if one does."""
 

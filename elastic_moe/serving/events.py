@@ -24,11 +24,11 @@ class EventLog:
         """Record one rank's report."""
         self._events.append(event)
         report = event.report
-        for source, num_bytes in report.bytes_by_source.items():
-            self._metrics.transfer_bytes.labels(source).inc(num_bytes)
         if report.epoch > self._counted_epoch:
             self._counted_epoch = report.epoch
             self._metrics.faults.inc(len(report.lost))
+            for source, num_bytes in report.bytes_by_source.items():
+                self._metrics.transfer_bytes.labels(source).inc(num_bytes)
             for phase, seconds in report.phase_s.items():
                 self._metrics.recovery_seconds.labels(phase).observe(seconds)
         for follower in self._followers:

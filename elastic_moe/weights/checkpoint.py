@@ -1,7 +1,7 @@
 """Reads a Hugging Face safetensors checkpoint one expert at a time, and only the bytes of that expert."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -110,11 +110,14 @@ class CheckpointReader:
                 place[name].copy_(made[name][expert if whole else 0])
         return self.bytes_read - before
 
-    def read_dense(self, device: torch.device | str = "cpu") -> Iterator[tuple[str, torch.Tensor]]:
+    def read_dense(
+        self, device: torch.device | str = "cpu", but: Collection[str] = ()
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield what is not an expert's, parameters and persistent buffers, one at a time, in the order of the files.
 
         Args:
             device: where the tensors are put.
+            but: names to leave out.
 
         Yields:
             Name in the model's state dict, and a tensor with memory of its own in the dtype that `from_pretrained`
@@ -124,8 +127,11 @@ class CheckpointReader:
             CheckpointError: a file cannot be read.
         """
         for step in self._plan.dense:
+            wanted = [name for name in step.made if name not in but]
+            if not wanted:
+                continue
             made = self._make(step, None, self._conversion.targets)
-            for name in step.made:
+            for name in wanted:
                 dtype = self._dtypes[name]
                 yield name, made.pop(name).to(device, dtype, copy=True, memory_format=torch.contiguous_format)
 

@@ -43,11 +43,28 @@ class ExpertStore:
         return self.layers[0].layout.num_bytes
 
     def record_digests(self) -> None:
-        """Compute the digest of every expert held here whose digest is not known yet."""
+        """Compute the digest of every expert held here that is not known yet; without a checkpoint, which experts in
+        training have not, of all."""
+        if self._read is None:
+            self.digests.fill(UNKNOWN)
         for layer, slot in np.argwhere(self.held != EMPTY):
             expert = self.held[layer, slot]
             if self.digests[layer, expert] == UNKNOWN:
                 self.digests[layer, expert] = digest(self.layers[layer].slot_tensors(int(slot)))
+
+    def trust(self, digests: np.ndarray) -> int:
+        """Take the group's digests, int64 [L, E], for the truth, and give up slots whose bytes have another one.
+
+        Returns the number of slots given up.
+        """
+        given_up = 0
+        for layer, slot in np.argwhere(self.held != EMPTY).tolist():
+            expert = self.held[layer, slot]
+            if UNKNOWN != digests[layer, expert] != self.digests[layer, expert]:
+                self.held[layer, slot] = EMPTY
+                given_up += 1
+        self.digests = np.where(digests == UNKNOWN, self.digests, digests)
+        return given_up
 
     def grow(self, num_slots: int) -> None:
         """Have at least `num_slots` slots in every layer; the new ones are empty."""
@@ -76,8 +93,8 @@ class ExpertStore:
         self.held[layer, slot] = expert
         return True
 
-    def read_from_disk(self, layer: int, slot: int, expert: int) -> int:
-        """Fill a vacated slot from the checkpoint, verified. Returns the bytes read.
+    def read_from_disk(self, layer: int, slot: int, expert: int) -> None:
+        """Fill a vacated slot from the checkpoint, verified.
 
         Raises:
             TransferFailed: there is no checkpoint, it cannot be read, or its bytes have another digest.
@@ -86,9 +103,8 @@ class ExpertStore:
         if self._read is None:
             raise TransferFailed(f"{where}: no live copy, and no checkpoint to read it from")
         try:
-            num_bytes = self._read(layer, expert, self.tensors(layer, slot))
+            self._read(layer, expert, self.tensors(layer, slot))
         except (CheckpointError, OSError) as error:
             raise TransferFailed(f"{where}: no live copy, and the checkpoint failed: {error}") from error
         if not self.accept(layer, slot, expert):
             raise TransferFailed(f"{where}: no live copy, and the checkpoint's bytes have another digest than at start")
-        return num_bytes

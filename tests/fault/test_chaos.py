@@ -79,7 +79,7 @@ def test_a_placement_is_wrong_when_ranks_differ_or_an_expert_is_nowhere():
 def a_round(lost: list[int], answer: Answer) -> Round:
     report = {
         "epoch": 5, "lost": lost, "joined": [], "noticed_at": 10.1, "attempts": 1, "bytes_lower_bound": 64,
-        "phase_s": {"view": 0.01, "groups": 0.02, "repair": 0.03, "commit": 0.04}, "bytes_by_source": {"disk": 32},
+        "phase_s": {"view": 0.01, "groups": 0.02, "repair": 0.03, "commit": 0.04}, "bytes_by_source": {"disk": 64},
     }  # fmt: skip
     reports = tuple({"rank": rank, "report": report} for rank in (0, 1))
     return Round(Fault("kill", (2,), 0.5, 0.0), 10.0, True, (answer,), reports, 3.0, "")
@@ -96,6 +96,8 @@ def test_the_summary():
     assert good["phase_ms"] == {phase: {"p50": ms, "p99": ms} for phase, ms in wanted_ms.items()}
     assert good["bytes_by_source"] == {"disk": 64}
     assert good["bytes_lower_bound"] == 64
+    assert not is_good(good, 1, max_gap_ms=399)
+    assert not is_good(good | {"bytes_lower_bound": 63}, 1)
     unseen = summary([a_round([3], same)], [wanted])
     assert unseen["faults"] == {"fired": 1, "counted": 0}
     assert not is_good(unseen, 1)
