@@ -1,9 +1,10 @@
 """ElasticRuntime: the one object a process builds. It owns the view, its groups, the placement and the experts held."""
 
+import contextlib
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -19,7 +20,7 @@ from elastic_moe.membership.groups import EpochGroups
 from elastic_moe.membership.launch import Launch, host_of
 from elastic_moe.membership.quorum import Membership
 from elastic_moe.membership.rendezvous import Seat, meet
-from elastic_moe.membership.signals import AskView, Invite, Knock, PeerDied
+from elastic_moe.membership.signals import AskView, Knock, PeerDied
 from elastic_moe.membership.supervised import Supervised
 from elastic_moe.membership.view import Member, View
 from elastic_moe.placement.placement import Placement, fewest_slots, initial_placement
@@ -31,6 +32,7 @@ from elastic_moe.weights.store import ExpertStore, ReadExpert
 log = logging.getLogger("elastic_moe.runtime")
 
 RECOVERY_DEADLINE_S = 60.0
+FINISH_POLL_S = 0.05
 Result = TypeVar("Result")
 
 
@@ -48,7 +50,7 @@ class ElasticRuntime:
     `runtime.run(forward)`. All ranks run the same sequence of collective calls.
 
     Attributes:
-        on_rank_lost, on_rank_joined: called with (rank,) after the recovery that found it, on every rank.
+        on_rank_lost, on_rank_joined: called with (rank,) after the recovery that found it, on every other rank.
         on_placement_changed: called with (placement,) after every commit but the first.
         on_view: called with (view,) after every recovery.
     """
@@ -131,7 +133,14 @@ class ElasticRuntime:
         launch = start.launch
         host = host_of(launch)
         server = WeightServer(host)
-        seat = Seat(launch, host, address=address, weights=server.address, lighthouse=start.lighthouse)
+        seat = Seat(
+            launch,
+            host,
+            signals_port=start.signals_port,
+            address=address,
+            weights=server.address,
+            lighthouse=start.lighthouse,
+        )
         view = start.rejoin or meet(launch, seat.member, start_timeout_s)
         runtime = cls(seat, view, topology_of(launch), device, **settings)
         runtime._weight_server = server
@@ -202,7 +211,9 @@ class ElasticRuntime:
 
     def peers(self) -> Peers | None:
         """Where a newcomer takes its weights from, before the disk; None for a process that is a member."""
-        return None if self._groups is not None else Peers(self.view.members)
+        if self._groups is not None:
+            return None
+        return Peers(m for m in self.view.members if m.rank != self.rank)
 
     def give_weights(self, dense: Mapping[str, torch.Tensor]) -> None:
         """Offer the experts held here, and these dense tensors by their names in the state dict, to newcomers."""
@@ -220,7 +231,7 @@ class ElasticRuntime:
             raise PeerLost("a process joins")
         return agreed
 
-    @contextmanager
+    @contextlib.contextmanager
     def step(self) -> Iterator[None]:
         """One forward, in one epoch and one placement version. Counted in `steps` when it finishes."""
         yield
@@ -245,7 +256,8 @@ class ElasticRuntime:
                 self.recover(str(error))
 
     def finish(self) -> None:
-        """Take part, without tokens, in what the others still run, until every rank has come here.
+        """Take part, without tokens, in what the others still run, until every rank of the launch has come here; also
+        those that are dead now and come back.
 
         Raises:
             NotEnoughSlots, TransferFailed: the experts cannot be restored.
@@ -253,11 +265,17 @@ class ElasticRuntime:
         """
         while True:
             try:
-                if not self.agree(0)[0]:
-                    return
-                self.join_idle()
+                (busy,) = self.agree(0)
+                if busy:
+                    self.join_idle()
+                elif len(self.view.members) == self.topology.num_ranks:
+                    break
+                else:
+                    time.sleep(FINISH_POLL_S)
             except PeerLost as error:
                 self.recover(str(error))
+        with contextlib.suppress(PeerLost):
+            self.groups.control.barrier()  # nobody leaves before all know that it is over
 
     def join_idle(self) -> None:
         """Take part in one forward of the others without tokens.
@@ -341,11 +359,11 @@ class ElasticRuntime:
             self.leave_epoch(view.epoch)
 
     def _leave(self, view: View) -> None:
-        """Leave `view` if it is the current one; tell its members, who may wait for us, and those who knocked."""
+        """Leave `view` if it is the current one, and tell its members, who may wait for us. Those who knocked ask for
+        the next view already."""
         if self.leave_epoch(view.epoch):
             self.signals.tell([m for m in view.members if m.rank != self.rank], AskView(view.epoch))
-            knocking, self._knocking = self._knocking, {}
-            self.signals.tell([m for m in knocking.values() if not view.has(m.rank, m.incarnation)], Invite(view))
+            self._knocking = {}
 
     def _hear(self, silence_timeout_s: float) -> None:
         def handle(kind: type, act: Callable[[Any], object]) -> None:
@@ -357,7 +375,6 @@ class ElasticRuntime:
 
         handle(AskView, lambda word: self.leave_epoch(word.epoch))
         handle(PeerDied, lambda word: self._peer_died(word.rank, word.incarnation))
-        handle(Invite, lambda word: self._membership.invite(word.view))
         handle(Knock, lambda word: self._let_knock(word.member))
         self.signals.start(self.seat.member.incarnation, silence_timeout_s, self._peer_is_silent)
 
@@ -373,11 +390,8 @@ class ElasticRuntime:
             self._leave(self.view)
 
     def _let_knock(self, member: Member) -> None:
-        view = self.view
-        if not view.has(member.rank, member.incarnation):
+        if not self.view.has(member.rank, member.incarnation):
             self._knocking[member.rank] = member
-            if self.epoch_is_over:  # the members are asking for a view right now
-                self.signals.tell([member], Invite(view))
 
     def _use_groups(self) -> None:
         if self._groups is not None:
@@ -387,7 +401,7 @@ class ElasticRuntime:
     def _call_hooks(self, report: Report, placement: Placement) -> None:
         for ranks, hooks in ((report.lost, self.on_rank_lost), (report.joined, self.on_rank_joined)):
             for rank in ranks:
-                for hook in hooks:
+                for hook in hooks if rank != self.rank else ():
                     hook(rank)
         for hook in self.on_placement_changed:
             hook(placement)

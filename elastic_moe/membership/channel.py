@@ -20,6 +20,9 @@ class SeatStart(msgspec.Struct, tag="seat", frozen=True):
     launch: Launch
     lighthouse: str = ""
     """URL of the lighthouse on this node, for the rank that announces it."""
+    signals_port: int = 0
+    """Where to hear the words of members: the same in all lives of a seat, so that whoever was away can still knock
+    when nobody whom it knew is left."""
     rejoin: View | None = None
     """The last view known, for a process that takes the seat of a dead one; None at the first start."""
 

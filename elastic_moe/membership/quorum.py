@@ -8,7 +8,6 @@ heartbeats, the first that answers is asked, so another node's takes over and kn
 """
 
 import logging
-import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -25,16 +24,18 @@ from elastic_moe.membership.view import Member, View
 
 HEARTBEAT_S = 0.1
 HEARTBEAT_TIMEOUT_MS = 1000
-JOIN_TIMEOUT_MS = 20_000
-"""How long a lighthouse waits for a member that sends heartbeats but does not ask for the view."""
+JOIN_TIMEOUT_MS = 60_000
+"""How long a lighthouse waits for a process that sends heartbeats but does not ask for the view. Longer than a call:
+a newcomer whose call ends asks anew, so it is never given a view of its own while members live."""
 TICK_MS = 10
 CALL_TIMEOUT_S = 25.0
 CONNECT_TIMEOUT_S = 1.0
 SETTLE_S = 0.5
 """A lighthouse that has just begun knows only some of the members; it is not asked before all have sent heartbeats."""
 KNOCK_EVERY_S = 0.5
-PATIENCE_S = 10.0
-"""A newcomer whom nobody invites for this long asks all the same: there may be no member left."""
+ASKED_S = 0.05
+"""From a newcomer's call to its knock: the call must be there before those of the members, for the lighthouse answers
+as soon as all members of the last view have asked."""
 SPOKEN_FOR_S = 3.0
 """How long after its end a process is spoken for: longer than its last heartbeat can count."""
 
@@ -52,9 +53,8 @@ class Membership:
         self._lock = threading.Lock()
         self._requests: dict[int, Future[View]] = {}
         self._gone: dict[str, float] = {}
-        self._invitations: queue.SimpleQueue[View] = queue.SimpleQueue()
         self._known_since: dict[str, float] = {}
-        self._heard = threading.Event()
+        self._calling = threading.Event()
         self._beating = threading.Event()
         self._closed = threading.Event()
         self._use(lighthouses)
@@ -81,10 +81,6 @@ class Membership:
         with self._lock:
             return any(_name(m.rank, m.incarnation) in self._gone for m in view.members)
 
-    def invite(self, view: View) -> None:
-        """The members of `view` take this process in with their next one. From any thread."""
-        self._invitations.put(view)
-
     def request_view(self, after: int) -> "Future[View]":
         """Ask for the view that follows epoch `after`. From any thread; asking again gets the same answer.
 
@@ -107,36 +103,27 @@ class Membership:
     def next_view(self, view: View, knock: Callable[[View], None], deadline_s: float) -> View:
         """The view that follows `view`, with this process in it.
 
-        A member asks at once. A newcomer, or a member that the others left behind, knocks until the members invite it,
-        and asks together with them. It sends heartbeats while it knocks, so they wait for it; members invite whoever
-        knocks as soon as they ask for a view themselves, for whatever reason.
+        A newcomer, or a member that the others have left behind, asks too, and knocks at the members until they come
+        and ask as well.
 
         Raises:
             PeerLost: nobody agreed on anything within `deadline_s` seconds.
         """
         deadline = time.monotonic() + deadline_s
-        asking = view.has(self._me.rank, self._me.incarnation)
         self._beating.set()
+        future = self.request_view(view.epoch)
+        if not view.has(self._me.rank, self._me.incarnation) and self._calling.wait(CONNECT_TIMEOUT_S + SETTLE_S):
+            time.sleep(ASKED_S)
+            knock(view)
         while True:
             try:
-                if not asking:
-                    view = self._await_invitation(view, knock, deadline)
-                return self.request_view(view.epoch).result(CALL_TIMEOUT_S + len(self._urls) * CONNECT_TIMEOUT_S)
-            except (PeerLost, FutureTimeout) as error:
+                return future.result(KNOCK_EVERY_S)
+            except FutureTimeout:
+                knock(view)
+            except PeerLost as error:
                 if time.monotonic() > deadline:
                     raise PeerLost(f"no view after epoch {view.epoch} within {deadline_s} s: {error}") from error
-                asking = False
-
-    def _await_invitation(self, view: View, knock: Callable[[View], None], deadline: float) -> View:
-        patience = min(deadline, time.monotonic() + PATIENCE_S)
-        while time.monotonic() < patience:
-            self._heard.wait(KNOCK_EVERY_S)  # members that ask right after the knock must already wait for us
-            knock(view)
-            try:
-                return self._invitations.get(timeout=KNOCK_EVERY_S)
-            except queue.Empty:
-                continue
-        return view
+                future = self.request_view(view.epoch)
 
     def _ask(self, after: int, future: "Future[View]") -> None:
         try:
@@ -145,6 +132,7 @@ class Membership:
             future.set_exception(error if isinstance(error, PeerLost) else PeerLost(str(error)))
 
     def _quorum(self, client: LighthouseClient, after: int) -> View:
+        self._calling.set()
         quorum = client.quorum(
             replica_id=_name(self._me.rank, self._me.incarnation),
             timeout=timedelta(seconds=CALL_TIMEOUT_S),
@@ -189,7 +177,6 @@ class Membership:
                 client = client or LighthouseClient(url, timedelta(seconds=CONNECT_TIMEOUT_S))
                 client.heartbeat(name, timedelta(seconds=CONNECT_TIMEOUT_S))
                 self._known_since.setdefault(url, time.monotonic())
-                self._heard.set()
             except (RuntimeError, TimeoutError) as error:
                 client = None
                 self._known_since.pop(url, None)

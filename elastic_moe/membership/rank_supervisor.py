@@ -39,7 +39,9 @@ class RankSupervisor:
         self._limits = limits
         self._supervisor = Supervisor()
         self._mouth = Mouth()
-        self._lighthouse = f"http://{host_of(launch)}:{_free_port(host_of(launch))}" if keeps_lighthouse else ""
+        host = host_of(launch)
+        self._signals_port = _free_port(host)
+        self._lighthouse = f"http://{host}:{_free_port(host)}" if keeps_lighthouse else ""
         self._view: View | None = None
         self._refused = ""
         self._started = 0.0
@@ -164,7 +166,7 @@ class RankSupervisor:
 
     def _start_process(self) -> None:
         self._respawn_at, self._beat, self._started = None, None, time.monotonic()
-        self.start_process(SeatStart(self._launch, self._lighthouse, self._view))
+        self.start_process(SeatStart(self._launch, self._lighthouse, self._signals_port, self._view))
 
     def _start_lighthouse(self) -> None:
         bind = self._lighthouse.removeprefix("http://")
@@ -172,6 +174,6 @@ class RankSupervisor:
 
 
 def _free_port(host: str) -> int:
-    """A port that was free a moment ago; the lighthouse has to keep it over its respawns, so it cannot choose one."""
+    """A port that was free a moment ago, for a child that has to keep it over its lives and so cannot choose one."""
     with socket.create_server((host, 0)) as probe:
         return probe.getsockname()[1]

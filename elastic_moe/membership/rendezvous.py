@@ -17,11 +17,18 @@ class Seat:
     """This process as it enters the group: its `member` record, and what it offers to the others."""
 
     def __init__(
-        self, launch: Launch, host: str = "127.0.0.1", *, address: str = "", weights: str = "", lighthouse: str = ""
+        self,
+        launch: Launch,
+        host: str = "127.0.0.1",
+        *,
+        signals_port: int = 0,
+        address: str = "",
+        weights: str = "",
+        lighthouse: str = "",
     ) -> None:
-        """`host` is this host's address for its peers; `address` and `weights` are endpoints for front ends and for
-        newcomers (if it serves them), `lighthouse` the URL of the one beside it (if there is one)."""
-        self.signals = Signals(host)
+        """`host` is this host's address for its peers, `signals_port` see `SeatStart`; `address` and `weights` are
+        endpoints for front ends and for newcomers (if it serves them), `lighthouse` the URL of the one beside it."""
+        self.signals = Signals(host, signals_port)
         self.store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
         self.member = Member(
             rank=launch.rank,

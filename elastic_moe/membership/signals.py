@@ -41,12 +41,6 @@ class Knock(msgspec.Struct, tag="knock", frozen=True):
     member: Member
 
 
-class Invite(msgspec.Struct, tag="invite", frozen=True):
-    """Members -> a process that knocked: we ask for the next view now, so do you. `view` is the one we leave."""
-
-    view: View
-
-
 class Wake(msgspec.Struct, tag="wake", frozen=True):
     """Member -> members: I have entered handshake number `step` of `epoch`; if you sleep before it, come."""
 
@@ -60,7 +54,7 @@ class Alive(msgspec.Struct, tag="alive", frozen=True):
     incarnation: str
 
 
-Word = PeerDied | AskView | Knock | Invite | Wake | Alive
+Word = PeerDied | AskView | Knock | Wake | Alive
 
 encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Word).decode
@@ -106,10 +100,14 @@ class Mouth:
 class Signals:
     """This process's ear and mouth."""
 
-    def __init__(self, host: str) -> None:
-        """Bind a free port on `host`; nothing is heard before `start`."""
+    def __init__(self, host: str, port: int = 0) -> None:
+        """Bind `port` on `host`, or a free one if that is 0 or taken; nothing is heard before `start`."""
         self._router = zmq.Context.instance().socket(zmq.ROUTER)
-        self.address = f"tcp://{host}:{self._router.bind_to_random_port(f'tcp://{host}')}"
+        try:
+            self._router.bind(f"tcp://{host}:{port}")
+        except zmq.ZMQError:
+            self._router.bind(f"tcp://{host}:0")
+        self.address = str(self._router.getsockopt_string(zmq.LAST_ENDPOINT))
         self._mouth = Mouth()
         self._handlers: dict[type, Callable[[Any], None]] = {}
         self._lock = threading.Lock()

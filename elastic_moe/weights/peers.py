@@ -17,17 +17,20 @@ from elastic_moe.weights.digest import digest
 from elastic_moe.weights.store import ExpertStore
 
 TIMEOUT_MS = 5000
-"""How long a peer may take for one answer; connecting and one tensor."""
+"""How long a peer may take for one answer."""
+GREET_MS = 200
+"""How long others may take to answer a newcomer's greeting once the first has: who does not is taken for dead."""
 
 POLL_MS = 500
 
 
 class Want(msgspec.Struct, frozen=True):
-    """Newcomer -> member: send the dense tensor `name`; or expert `expert` of MoE layer `layer`, if it is there."""
+    """Newcomer -> member: send the dense tensor `name`; or expert `expert` of MoE layer `layer`, if it is there; the
+    defaults are a greeting, answered with an empty `Gift`."""
 
     name: str = ""
-    layer: int = 0
-    expert: int = 0
+    layer: int = -1
+    expert: int = -1
 
 
 class Gift(msgspec.Struct, frozen=True):
@@ -73,7 +76,9 @@ class WeightServer:
                 tensors = [dense[want.name].detach().cpu()] if want.name in dense else []
             else:
                 tensors = _copy_of(store, want.layer, want.expert)
-            gift = Gift([str(t.dtype) for t in tensors], [list(t.shape) for t in tensors], digest(tensors))
+            gift = Gift(
+                [str(t.dtype) for t in tensors], [list(t.shape) for t in tensors], digest(tensors) if tensors else 0
+            )
             self._router.send_multipart([sender, _encode(gift), *(_bytes_of(t) for t in tensors)])
         self._router.close(linger=0)
 
@@ -94,15 +99,26 @@ class Peers:
     """A newcomer's view of the members as a source of weights. For one thread."""
 
     def __init__(self, members: Iterable[Member]) -> None:
-        """Connect to all; a member that is gone costs `TIMEOUT_MS` once."""
-        self._sockets: list[zmq.Socket] = []
+        """Greet all of them, and go on with those that answer."""
         self.bytes = 0
         """Bytes received and accepted."""
+        poller, greeted = zmq.Poller(), []
         for member in members:
             socket = zmq.Context.instance().socket(zmq.DEALER)
             socket.setsockopt(zmq.LINGER, 0)
             socket.connect(member.weights)
-            self._sockets.append(socket)
+            socket.send(_encode(Want()))
+            poller.register(socket, zmq.POLLIN)
+            greeted.append(socket)
+        self._sockets: list[zmq.Socket] = []
+        while len(self._sockets) < len(greeted) and (ready := poller.poll(GREET_MS if self._sockets else TIMEOUT_MS)):
+            for socket, _ in ready:
+                socket.recv_multipart()
+                poller.unregister(socket)
+                self._sockets.append(socket)
+        for socket in greeted:
+            if socket not in self._sockets:
+                socket.close()
 
     def dense(self, name: str, out: torch.Tensor) -> bool:
         """Fill `out` with the dense tensor `name`. False: no member has it."""

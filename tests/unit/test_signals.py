@@ -9,7 +9,7 @@ import pytest
 import zmq
 
 from elastic_moe.membership import signals as module
-from elastic_moe.membership.signals import AskView, Invite, Knock, Mouth, PeerDied, Signals, Wake
+from elastic_moe.membership.signals import AskView, Knock, Mouth, PeerDied, Signals, Wake
 from elastic_moe.membership.view import Member, View
 
 WAIT_S = 10.0
@@ -23,7 +23,7 @@ class Peer:
         self.member = Member(rank, 0, f"incarnation {rank}", 1, "host", self.signals.address, "")
         self.words: queue.SimpleQueue[object] = queue.SimpleQueue()
         self.silent: queue.SimpleQueue[Member] = queue.SimpleQueue()
-        for kind in (PeerDied, AskView, Knock, Invite, Wake):
+        for kind in (PeerDied, AskView, Knock, Wake):
             self.signals.on(kind, self.words.put)
         self.silence_s = silence_s
 
@@ -48,7 +48,7 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Peer]]:
 MEMBER = Member(7, 1, "x", 1, "host", "tcp://127.0.0.1:1", "127.0.0.1:2")
 
 
-@pytest.mark.parametrize("word", [AskView(4), PeerDied(2, "y"), Knock(MEMBER), Invite(View(3, (MEMBER,))), Wake(1, 2)])
+@pytest.mark.parametrize("word", [AskView(4), PeerDied(2, "y"), Knock(MEMBER), Wake(1, 2)])
 def test_a_word_arrives_as_it_was_sent(make, word: msgspec.Struct):
     one, other = make(0), make(1)
     other.start()

@@ -1,0 +1,276 @@
+"""Ranks that die where a test says, and the supervisor that starts them again: a test's own process.
+
+Every rank runs the same work in forked processes (`harness` has torch loaded in the fork server): `STEPS` forwards of
+a tiny model, each on tokens of its own, each result to a file, so that a rank that died goes on after its last one.
+"""
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+import torch
+import torch.distributed as dist
+from harness import PRELOAD
+from torchft.coordination import LighthouseServer
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from elastic_moe.control import recovery
+from elastic_moe.control.recovery import Phase, Recovery
+from elastic_moe.exchange.collective import CollectiveExchange
+from elastic_moe.experts.slots import SlotExperts
+from elastic_moe.integrations import transformers as integration
+from elastic_moe.integrations.transformers import elasticize, meta_model
+from elastic_moe.membership.channel import SeatStart
+from elastic_moe.membership.groups import EpochGroups, Group
+from elastic_moe.membership.launch import Launch
+from elastic_moe.membership.quorum import HEARTBEAT_TIMEOUT_MS, JOIN_TIMEOUT_MS, TICK_MS, Membership
+from elastic_moe.membership.signals import Mouth, PeerDied
+from elastic_moe.membership.view import View
+from elastic_moe.placement.placement import EMPTY
+from elastic_moe.placement.registry import PlacementRegistry
+from elastic_moe.runtime import ElasticRuntime
+from elastic_moe.weights.digest import digest
+
+STEPS = 5
+WORLD = 4
+DEADLINE_S = 60.0
+
+
+class Death(NamedTuple):
+    """Rank `rank` kills itself in its `life`-th life (0 is the first) when it comes to `point` for the `nth` time."""
+
+    rank: int
+    point: str
+    nth: int = 1
+    life: int = 0
+
+
+POINTS: Mapping[str, tuple[Any, str]] = {
+    "handshake": (ElasticRuntime, "agree"),
+    "dispatch": (CollectiveExchange, "dispatch"),
+    "all_to_all": (Group, "all_to_all"),
+    "experts": (SlotExperts, "forward"),
+    "combine": (CollectiveExchange, "combine"),
+    "view": (Membership, "next_view"),
+    "groups": (EpochGroups, "build"),
+    "gather": (Recovery, "_gather"),
+    "transfer": (recovery, "move_experts"),
+    "accept": (Recovery, "_accept"),
+    "commit": (PlacementRegistry, "commit"),
+    "load": (integration, "_load"),
+}
+"""Where a rank can die: at the call of these; besides `between` (after a forward) and `vote`."""
+
+
+def die() -> None:
+    """As a rank dies whose GPU does."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def set_trap(death: Death) -> None:
+    """Make this process die there."""
+    calls = 0
+
+    def trap() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == death.nth:
+            die()
+
+    if death.point == "vote":
+        phase = Recovery._phase
+
+        def wrapped_phase(self: Recovery, which: Phase) -> Any:
+            if which is Phase.COMMIT:
+                trap()
+            return phase(self, which)
+
+        Recovery._phase = wrapped_phase  # pyright: ignore[reportAttributeAccessIssue]
+    elif death.point != "between":
+        owner, name = POINTS[death.point]
+        original = getattr(owner, name)
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            trap()
+            return original(*args, **kwargs)
+
+        setattr(owner, name, wrapped)
+
+
+def make_checkpoint(folder: Path) -> Path:
+    """A tiny random Qwen3-MoE: 2 layers, 8 experts."""
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=64, hidden_size=32, moe_intermediate_size=16, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, num_experts=8, num_experts_per_tok=2, initializer_range=0.3,
+    )  # fmt: skip
+    Qwen3MoeForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def tokens_of(rank: int, step: int) -> torch.Tensor:
+    """The input of one rank's one step."""
+    return torch.randint(64, (1, 7), generator=torch.Generator().manual_seed(100 * rank + step))
+
+
+def wanted(checkpoint: Path) -> dict[tuple[int, int], torch.Tensor]:
+    """The logits of every rank's every step, from one process."""
+    model = Qwen3MoeForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        return {(r, s): model(tokens_of(r, s)).logits for r in range(WORLD) for s in range(STEPS)}
+
+
+def run_cluster(
+    folder: Path, checkpoint: Path, deaths: Sequence[Death], redundant_slots: int = 0
+) -> tuple[dict[tuple[int, int], torch.Tensor], list[dict[str, Any]]]:
+    """Run the work on `WORLD` ranks that die as told, each started again. The logits, and each rank's last word."""
+    lighthouse = LighthouseServer(
+        bind="127.0.0.1:0",
+        min_replicas=1,
+        join_timeout_ms=JOIN_TIMEOUT_MS,
+        quorum_tick_ms=TICK_MS,
+        heartbeat_timeout_ms=HEARTBEAT_TIMEOUT_MS,
+    )
+    url = f"http://127.0.0.1:{lighthouse.address().rsplit(':', 1)[1]}"
+    try:
+        return _Seats(folder, checkpoint, deaths, redundant_slots, url).run()
+    finally:
+        lighthouse.shutdown()
+
+
+class _Seats:
+    """The supervisors of all ranks in one."""
+
+    def __init__(
+        self, folder: Path, checkpoint: Path, deaths: Sequence[Death], redundant_slots: int, lighthouse: str
+    ) -> None:
+        self._folder, self._lighthouse = folder, lighthouse
+        self._args = (folder, checkpoint, tuple(deaths), redundant_slots)
+        self._deaths = len(deaths)
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload([*PRELOAD, "elastic_harness"])
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._ports = [_free_port() for _ in range(WORLD)]
+        self._lives = [0] * WORLD
+        self._processes = [self._start(rank, None) for rank in range(WORLD)]
+        self._mouth = Mouth()
+
+    def run(self) -> tuple[dict[tuple[int, int], torch.Tensor], list[dict[str, Any]]]:
+        deadline, over = time.monotonic() + DEADLINE_S, set()
+        while len(over) < WORLD and time.monotonic() < deadline:
+            ended = wait([p.sentinel for r, p in enumerate(self._processes) if r not in over], timeout=0.2)
+            for rank, process in enumerate(self._processes):
+                if process.sentinel in ended:
+                    process.join()
+                    if process.exitcode == -signal.SIGKILL and sum(self._lives) < self._deaths:
+                        self._replace(rank)
+                    else:
+                        over.add(rank)
+        codes = [process.exitcode for process in self._processes]
+        for process in self._processes:
+            if process.exitcode is None:
+                os.kill(process.pid or 0, signal.SIGUSR1)
+                process.join(1.0)
+                process.kill()
+        self._mouth.close()
+        if codes != [0] * WORLD:
+            logs = "\n".join(f"--- rank {r}:\n{(self._folder / f'log-{r}').read_text()[-5000:]}" for r in range(WORLD))
+            raise AssertionError(f"ranks ended with {codes} after lives {self._lives}\n{logs}")
+        assert sum(self._lives) == self._deaths, f"lives {self._lives}: not every death came"
+        logits = {(r, s): torch.load(_path(self._folder, r, s)) for r in range(WORLD) for s in range(STEPS)}
+        return logits, [torch.load(self._folder / f"end-{r}", weights_only=False) for r in range(WORLD)]
+
+    def _start(self, rank: int, rejoin: View | None) -> Any:
+        launch = Launch(rank, WORLD, rank, WORLD, 0, f"127.0.0.1:{self._store.port}")
+        start = SeatStart(launch, self._lighthouse if rank == 0 else "", self._ports[rank], rejoin)
+        process = self._context.Process(target=_work, args=(msgspec.json.encode(start), self._lives[rank], *self._args))
+        process.daemon = True
+        process.start()
+        return process
+
+    def _replace(self, rank: int) -> None:
+        views = [msgspec.json.decode(path.read_bytes(), type=View) for path in self._folder.glob("view-*")]
+        view = max(views, key=lambda view: view.epoch)
+        for known in views:  # a process that died before it told its view is in somebody's
+            for dead in [m for m in known.members if m.rank == rank]:
+                others = [m.signals for m in view.members if m.rank != rank]
+                self._mouth.tell(others, PeerDied(dead.rank, dead.incarnation))
+        self._lives[rank] += 1
+        self._processes[rank] = self._start(rank, view)
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
+
+
+def _path(folder: Path, rank: int, step: int) -> Path:
+    return folder / f"logits-{rank}-{step}"
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    """Whole or not at all."""
+    write(part := path.with_name(f"part-{path.name}"))
+    part.rename(path)
+
+
+def _work(
+    start: bytes, life: int, folder: Path, checkpoint: Path, deaths: Sequence[Death], redundant_slots: int
+) -> None:
+    import faulthandler
+    import logging
+
+    seat = msgspec.json.decode(start, type=SeatStart)
+    rank = seat.launch.rank
+    log = os.open(folder / f"log-{rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    logging.basicConfig(level="DEBUG", stream=sys.stderr, format=f"%(asctime)s life {life} %(name)s %(message)s")
+    faulthandler.register(signal.SIGUSR1, file=sys.__stderr__, all_threads=True)
+    torch.set_num_threads(1)
+    mine = [death for death in deaths if (death.rank, death.life) == (rank, life)]
+    for death in mine:
+        set_trap(death)
+    runtime = ElasticRuntime.join(seat, device=torch.device("cpu"), exchange_timeout_s=30)
+
+    def tell(view: View) -> None:
+        _write(folder / f"view-{rank}", lambda part: part.write_bytes(msgspec.json.encode(view)))
+
+    if seat.rejoin is None:
+        tell(runtime.view)
+    runtime.on_view.append(tell)
+    model = elasticize(
+        meta_model(checkpoint, torch.float32), runtime, checkpoint=checkpoint, redundant_slots=redundant_slots
+    )
+    with torch.inference_mode():
+        for step in range(STEPS):
+            if not _path(folder, rank, step).exists():
+                logits = runtime.run(lambda step=step: model(tokens_of(rank, step)).logits)
+                if any(death.point == "between" and death.nth == step for death in mine):
+                    die()
+                _write(_path(folder, rank, step), lambda part, logits=logits: torch.save(logits, part))
+    runtime.finish()
+    store = runtime.store
+    end = {
+        "placement": (runtime.registry.placement.version, runtime.registry.placement.hash),
+        "slots": runtime.registry.placement.slots,
+        "held": store.held,
+        "digests": store.digests,
+        "wrong": [
+            (int(layer), int(slot))
+            for layer, slot in np.argwhere(store.held != EMPTY)
+            if digest(store.tensors(layer, slot)) != store.digests[layer, store.held[layer, slot]]
+        ],
+        "epoch": runtime.epoch,
+    }
+    torch.save(end, folder / f"end-{rank}")
+    os._exit(0)

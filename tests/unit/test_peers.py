@@ -1,0 +1,120 @@
+"""Weights from a running member, over real sockets in one process; and whose digests count."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+import zmq
+
+from elastic_moe.membership.view import Member
+from elastic_moe.placement.placement import EMPTY
+from elastic_moe.weights import peers as module
+from elastic_moe.weights.peers import Peers, WeightServer
+from elastic_moe.weights.store import UNKNOWN, ExpertStore
+
+
+class Layer:
+    """Slots with two tensors each, as far as a store looks at them."""
+
+    class layout:
+        num_experts = 4
+        num_bytes = 40
+
+    def __init__(self) -> None:
+        self.weights = torch.arange(3 * 6, dtype=torch.float32).view(3, 6)
+        self.biases = torch.arange(3 * 8, dtype=torch.bfloat16).view(3, 2, 4)
+
+    def slot_tensors(self, slot: int) -> list[torch.Tensor]:
+        return [self.weights[slot], self.biases[slot]]
+
+
+def make_store() -> ExpertStore:
+    """Layer 1 holds experts 2 and 0, and an empty slot."""
+    store = ExpertStore([Layer(), Layer()], np.array([[1, 3, EMPTY], [2, 0, EMPTY]]), lambda *_: 0)
+    store.record_digests()
+    return store
+
+
+DENSE = {"embed.weight": torch.randn(5, 3), "norm": torch.randn(4).bfloat16(), "scalar": torch.tensor(2.5)}
+
+
+def member(rank: int, weights: str) -> Member:
+    return Member(rank, 0, "x", 1, "host", "", "", weights=weights)
+
+
+@pytest.fixture
+def store() -> ExpertStore:
+    return make_store()
+
+
+@pytest.fixture
+def server(store: ExpertStore) -> Iterator[WeightServer]:
+    server = WeightServer("127.0.0.1")
+    server.start(DENSE, store)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def peers(server: WeightServer) -> Iterator[Peers]:
+    """One of two members is dead."""
+    peers = Peers([member(0, "tcp://127.0.0.1:9"), member(1, server.address)])
+    yield peers
+    peers.close()
+
+
+def test_dense_tensors_arrive_from_whoever_lives(peers):
+    for name, tensor in DENSE.items():
+        out = torch.empty_like(tensor)
+        assert peers.dense(name, out)
+        assert torch.equal(out, tensor)
+    assert not peers.dense("no such tensor", torch.empty(1))
+    assert peers.bytes == sum(t.numel() * t.element_size() for t in DENSE.values())
+
+
+def test_what_does_not_fit_is_refused(peers):
+    assert not peers.dense("norm", torch.empty(4))
+    assert not peers.dense("norm", torch.empty(3).bfloat16())
+
+
+def test_experts_arrive_from_the_slot_that_holds_them(store, peers):
+    out = [torch.empty(6), torch.empty(2, 4).bfloat16()]
+    assert peers.expert(1, 0, out)
+    assert all(torch.equal(a, b) for a, b in zip(out, store.tensors(1, 1), strict=True))
+    for layer, expert in ((1, 3), (0, 0), (7, 0), (-1, 0)):
+        assert not peers.expert(layer, expert, out)
+    store.vacate(1, 1)
+    assert not peers.expert(1, 0, out)
+
+
+def test_wrong_bytes_are_refused(peers, monkeypatch):
+    right = module._bytes_of
+    monkeypatch.setattr(module, "_bytes_of", lambda t: bytes([right(t)[0] ^ 1]) + right(t)[1:])
+    assert not peers.dense("embed.weight", torch.empty(5, 3))
+    assert peers.bytes == 0
+
+
+def test_garbage_does_not_end_the_server(server, peers):
+    with zmq.Context() as context, context.socket(zmq.DEALER) as stranger:
+        stranger.connect(server.address)
+        for frames in ([b""], [b"\xff"], [b"a", b"b"]):
+            stranger.send_multipart(frames)
+    assert peers.dense("norm", torch.empty(4).bfloat16())
+
+
+def test_nobody_answers(monkeypatch):
+    monkeypatch.setattr(module, "TIMEOUT_MS", 300)
+    peers = Peers([member(0, "tcp://127.0.0.1:9")])
+    assert not peers.dense("norm", torch.empty(4).bfloat16())
+
+
+def test_the_digests_of_the_group_count_not_ones_own():
+    store = make_store()
+    group = store.digests.copy()
+    group[1, 2] += 1  # the group says other bytes
+    group[0, 3] = UNKNOWN  # the group does not know
+    assert store.trust(group) == 1
+    assert store.held.tolist() == [[1, 3, EMPTY], [EMPTY, 0, EMPTY]]
+    assert store.digests[1, 2] == group[1, 2]
+    assert store.digests[0, 3] != UNKNOWN
