@@ -13,7 +13,7 @@ FIRST = Death(3, "combine", nth=5)
 target of some expert, or stands by, as the placement will have it."""
 
 IN_A_STEP = ["handshake", "dispatch", "all_to_all", "experts", "combine"]
-IN_RECOVERY = ["view", "groups", "gather", "transfer", "accept", "vote", "commit"]
+IN_RECOVERY = ["view", "groups", "gather", "transfer", "vote", "commit"]
 REJOIN = ["load", "view", "groups", "gather", "vote"]
 
 CASES = {
@@ -25,6 +25,7 @@ CASES = {
     "all at once": [Death(r, "combine", nth=3) for r in range(4)],
     "all, one by one": [*(Death(r, "combine", nth=2) for r in range(3)), Death(3, "combine", nth=4)],
     **{f"recovery: {p} of {r}": [FIRST, Death(r, p, 2 if p == "groups" else 1)] for p in IN_RECOVERY for r in (0, 1)},
+    "recovery: accept of 1": [FIRST, Death(1, "accept")],
     "recovery: two more": [FIRST, Death(0, "gather"), Death(1, "vote")],
     **{f"rejoin: {p} of the newcomer": [FIRST, Death(3, p, life=1)] for p in REJOIN},
     **{f"rejoin: {p} of a member": [FIRST, Death(0, p, nth=n)] for p, n in (("view", 2), ("groups", 3), ("vote", 2))},
@@ -42,7 +43,9 @@ def reference(checkpoint: Path) -> dict[tuple[int, int], torch.Tensor]:
     return wanted(checkpoint)
 
 
-@pytest.mark.parametrize("redundant_slots", [0, 1], ids=["bare", "replicas"])
+@pytest.mark.parametrize(
+    "redundant_slots", [pytest.param(0, id="bare"), pytest.param(1, id="replicas", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("case", CASES)
 def test_crash_point(tmp_path: Path, checkpoint: Path, reference, case: str, redundant_slots: int):
     logits, ends = run_cluster(tmp_path, checkpoint, CASES[case], redundant_slots)
