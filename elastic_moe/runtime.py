@@ -226,7 +226,7 @@ class ElasticRuntime:
         Raises:
             PeerLost: a peer died, left, or missed the deadline; or all leave now to take a process in.
         """
-        *agreed, joining = self.groups.control.all_reduce_max([*flags, int(bool(self._knocking))])
+        *agreed, joining = self.groups.control.all_reduce_max([*flags, int(self._somebody_knocks)])
         if joining:
             raise PeerLost("a process joins")
         return agreed
@@ -308,7 +308,12 @@ class ElasticRuntime:
     @property
     def change_is_wanted(self) -> bool:
         """Whether the epoch is over, or a process waits to be taken in."""
-        return self.epoch_is_over or bool(self._knocking)
+        return self.epoch_is_over or self._somebody_knocks
+
+    @property
+    def _somebody_knocks(self) -> bool:
+        knocking, view = list(self._knocking.values()), self.view
+        return any(not view.has(m.rank, m.incarnation) for m in knocking)
 
     def recover(self, reason: str) -> Report:
         """Leave the current epoch and come back in the next: view, groups, repair, vote, commit. Collective in effect.

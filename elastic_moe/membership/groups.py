@@ -18,14 +18,12 @@ import torch
 import torch.distributed as dist
 
 from elastic_moe.errors import PeerLost
+from elastic_moe.membership.connections import Connections, listening_ports
 from elastic_moe.membership.view import View
 
 Parcel = tuple[torch.Tensor, int, int]
 BUILD_TIMEOUT_S = 3.0
 """How long members of a new view wait for each other; they have all just asked for it."""
-
-GLOO_ABORT_TAG = 0x7FFF_FFFF
-"""Nobody ever sends with this tag; see `_abort_gloo`."""
 
 
 class Group:
@@ -240,21 +238,14 @@ MakeBackend = Callable[[dist.Store, View, int], tuple[Any, Callable[[Any], None]
 def _gloo(store: dist.Store, view: View, rank: int) -> tuple[Any, Callable[[Any], None]]:
     options = dist.ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue]
     options._timeout = timedelta(seconds=BUILD_TIMEOUT_S)
+    before = set(listening_ports())
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=view.member(rank).host)]
-    return dist.ProcessGroupGloo(store, view.group_rank(rank), len(view.members), options), _abort_gloo
-
-
-def _abort_gloo(backend: Any) -> None:
-    """Close all connections of a gloo group, so that whatever waits in it fails at once.
-
-    `ProcessGroupGloo.abort()` (torch 2.13) frees nobody who waits. But gloo closes all pairs of a context when one
-    receive times out, "to let all operations know"; so let one time out.
-    """
-    peer = (backend.rank() + 1) % backend.size()
-    try:
-        backend.recv([torch.empty(1)], peer, GLOO_ABORT_TAG).wait(timedelta(milliseconds=1))
-    except RuntimeError:
-        return  # it always times out, or finds the connections closed
+    ports = set(listening_ports()) - before
+    store.set(f"ports/{rank}", ",".join(map(str, ports)))
+    backend = dist.ProcessGroupGloo(store, view.group_rank(rank), len(view.members), options)
+    said = store.multi_get([f"ports/{other}" for other in view.ranks])
+    connections = Connections({int(port) for ports in said for port in ports.decode().split(",") if port})
+    return backend, lambda _group: connections.shut()
 
 
 def _nccl(store: dist.Store, view: View, rank: int) -> tuple[Any, Callable[[Any], None]]:

@@ -1,0 +1,60 @@
+"""The TCP connections of a gloo group, so that it can be aborted.
+
+`ProcessGroupGloo.abort()` (torch 2.13) frees nobody who waits. A receive that times out does close all connections of
+its group, but in the caller's thread, which was seen to deadlock with gloo's own. Shutting the sockets down from
+outside is what the death of all peers looks like: gloo's thread finds the end of every stream and fails every call.
+"""
+
+import contextlib
+import os
+import socket
+import threading
+from collections.abc import Collection, Iterator
+
+
+class Connections:
+    """The established connections of this process from or to any of `ports`, held until they are shut."""
+
+    def __init__(self, ports: Collection[int]) -> None:
+        """`ports` are those on which the group's members listen."""
+        self._lock = threading.Lock()
+        self._sockets: list[socket.socket] = []
+        for sock in _sockets():
+            with contextlib.suppress(OSError):  # it is not connected
+                if sock.getsockname()[1] in ports or sock.getpeername()[1] in ports:
+                    sock.getpeername()
+                    self._sockets.append(sock)
+                    continue
+            sock.close()
+
+    def __len__(self) -> int:
+        return len(self._sockets)
+
+    def shut(self) -> None:
+        """End all of them, in both directions. Safe to call twice and from any thread."""
+        with self._lock:
+            sockets, self._sockets = self._sockets, []
+        for sock in sockets:
+            with contextlib.suppress(OSError):  # the other side was first
+                sock.shutdown(socket.SHUT_RDWR)
+            sock.close()
+
+
+def listening_ports() -> Iterator[int]:
+    """TCP ports on which this process listens."""
+    for sock in _sockets():
+        with sock:
+            if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                yield sock.getsockname()[1]
+
+
+def _sockets() -> Iterator[socket.socket]:
+    """Every TCP socket of this process, under a file descriptor of its own."""
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # closed meanwhile, or no socket
+            if os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+                sock = socket.socket(fileno=os.dup(int(name)))
+                if sock.family in (socket.AF_INET, socket.AF_INET6) and sock.type == socket.SOCK_STREAM:
+                    yield sock
+                else:
+                    sock.close()
