@@ -16,7 +16,7 @@ from elastic_moe.serving.engine_link import EngineLink
 from elastic_moe.serving.events import EventLog
 from elastic_moe.serving.journal import Entry, Journal, Owner
 from elastic_moe.serving.metrics import Metrics
-from elastic_moe.serving.protocol import Cancel, Event, Hello, Sampling, Status, Tokens
+from elastic_moe.serving.protocol import DROPPED, Cancel, Event, Hello, Sampling, Status, Tokens
 from elastic_moe.serving.routing import choose_rank
 
 HELLO_INTERVAL_S = 1.0
@@ -259,10 +259,12 @@ class Gateway:
         entry = self._journal.addressee(message)
         if entry is None:
             return
-        num_new = entry.apply(message)
-        if num_new is None:
-            expected, got = len(entry.tokens), message.start
-            logger.warning("request %s: tokens from %d came where %d was next", entry.request_id, got, expected)
+        num_new = None if message.finish == DROPPED else entry.apply(message)
+        if num_new is None:  # dropped, or tokens are missing before these: begin anew from those that are here
+            logger.warning("request %s has to be submitted again after %d tokens", entry.request_id, len(entry.tokens))
+            self._cancel(entry)
+            entry.owner = None
+            self._place()
             return
         generation = self._generations[entry.request_id]
         if num_new:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import msgspec
 import zmq
 
-from elastic_moe.serving.protocol import Cancel, Event, Hello, Status, Submit, Tokens, decode_to_engine, encode
+from elastic_moe.serving.protocol import DROPPED, Cancel, Event, Hello, Status, Submit, Tokens, decode_to_engine, encode
 
 STATUS_EVERY_S = 1.0
 FRONT_END_GONE_S = 10.0
@@ -102,9 +102,13 @@ class Mailbox:
         limit = time.monotonic() - FRONT_END_GONE_S
         for front_end in [f for f, seen in self._front_ends.items() if seen < limit]:
             del self._front_ends[front_end]
+            status = self._status()
             for request_id in [r for r, owner in self._owners.items() if owner == front_end]:
                 del self._owners[request_id]
                 self.inbox.put(Cancel(request_id))
+                if status:  # should it be alive after all, it reads this and submits again
+                    dropped = Tokens(request_id, status.incarnation, 0, [], DROPPED)
+                    self._router.send_multipart([front_end, encode(dropped)])
 
     def _broadcast_status(self) -> None:
         status = self._status() if self._front_ends else None

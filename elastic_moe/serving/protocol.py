@@ -46,11 +46,15 @@ class Hello(msgspec.Struct, tag="hello", frozen=True):
     frontend: str
 
 
+DROPPED = "dropped"
+"""The engine has not heard of its front end for long and has forgotten the request; it can be submitted again."""
+
+
 class Tokens(msgspec.Struct, tag="tokens", frozen=True):
     """Engine -> front end: new tokens of a request; `start` is the output position of the first of them.
 
     `finish` is empty while the request goes on, else `stop` (end-of-sequence token, which is the last of
-    `tokens`), `length`, or `error` with the reason in `error`.
+    `tokens`), `length`, `error` with the reason in `error`, or `DROPPED`.
     """
 
     request_id: str

@@ -8,6 +8,7 @@ from frontend_harness import FakeEngine, front_end, make_checkpoint, make_config
 from prometheus_client.parser import text_string_to_metric_families
 
 from elastic_moe.config import ServeConfig
+from elastic_moe.serving.protocol import DROPPED
 
 pytestmark = pytest.mark.anyio
 
@@ -30,7 +31,7 @@ def config(checkpoint: Path) -> ServeConfig:
     return make_config(checkpoint)
 
 
-async def test_duplicates_gaps_and_strangers_change_nothing(config: ServeConfig):
+async def test_duplicates_and_strangers_change_nothing(config: ServeConfig):
     async with front_end(config) as fe:
         answer = [*fe.tokens(TEXT), END]
         engine, stranger = FakeEngine(0, answer, sends=0), FakeEngine(1, answer, sends=0)
@@ -42,11 +43,26 @@ async def test_duplicates_gaps_and_strangers_change_nothing(config: ServeConfig)
         await engine.send("unknown", 0, [9])
         await engine.send(name, 0, answer[:4])
         await engine.send(name, 0, answer[:4])
-        await engine.send(name, 6, [9, 9])
         await engine.send(name, 2, answer[2:last])
         await engine.send(name, last, [END], "stop")
         choice = (await response).json()["choices"][0]
     assert (choice["text"], choice["finish_reason"]) == (TEXT, "stop")
+
+
+@pytest.mark.parametrize("what", ["gap", DROPPED])
+async def test_what_an_engine_has_dropped_or_left_out_is_submitted_again(config: ServeConfig, what: str):
+    async with front_end(config) as fe:
+        answer = [*fe.tokens(TEXT), END]
+        engine = FakeEngine(0, answer, sends=2)
+        await fe.join(engine)
+        response = asyncio.create_task(fe.complete(max_tokens=50))
+        await until(lambda: len(engine.submits) == 1 and len(only_entry(fe).tokens) == 2)
+        engine.sends = None
+        name = engine.submits[0].request_id
+        await (engine.send(name, 6, [9, 9]) if what == "gap" else engine.send(name, 0, [], DROPPED))
+        assert (await response).json()["choices"][0]["text"] == TEXT
+    assert engine.cancels == [name]
+    assert [submit.num_generated for submit in engine.submits] == [0, 2]
 
 
 @pytest.mark.parametrize("sent", [0, 1, 5])

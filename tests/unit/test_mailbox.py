@@ -11,7 +11,7 @@ import zmq
 from elastic_moe.membership.view import Member, View
 from elastic_moe.serving import mailbox as module
 from elastic_moe.serving.mailbox import Mailbox
-from elastic_moe.serving.protocol import Cancel, Hello, Status, Submit, Tokens, decode_to_front_end, encode
+from elastic_moe.serving.protocol import DROPPED, Cancel, Hello, Status, Submit, Tokens, decode_to_front_end, encode
 
 STATUS = Status(rank=3, incarnation="x", phase="serving", view=View(1, (Member(3, 0, "x", 1, "host", "", ""),)))
 WAIT_S = 10.0
@@ -164,6 +164,9 @@ def test_the_requests_of_a_silent_front_end_are_cancelled(harness: Harness, quic
         except queue.Empty:
             continue
     assert cancelled == Cancel("a")
+    while isinstance(message := silent.receive(), Status):
+        pass
+    assert message == Tokens("a", "x", 0, [], DROPPED)
     harness.mailbox.send(Tokens("a", "x", 0, [1]))
     harness.mailbox.send(Tokens("b", "x", 0, [2]))
     while isinstance(message := alive.receive(), Status):
