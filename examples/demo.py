@@ -1,7 +1,7 @@
 """`make demo`: four ranks on this machine, two completions side by side, and where the experts live.
 
-Starts `torchrun --nproc-per-node 4 launch/serve.py model=demo`, talks to it as any OpenAI client would, and stops it.
-With `--kill` it streams the same again, kills a rank meanwhile, and fails if a single character differs.
+Starts `torchrun --nproc-per-node 4 launch/serve.py model=demo` and talks to it as any OpenAI client would. Then it
+streams the same again, kills a rank meanwhile, waits for the rank's return, and fails if a single character differs.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=96)
-    parser.add_argument("--kill", action="store_true", help="stream again, and kill a rank in the middle of it")
+    parser.add_argument("--no-kill", action="store_true", help="stream once, and kill nobody")
     args = parser.parse_args()
     console = Console()
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.ranks)]
@@ -65,11 +65,12 @@ def show(url: str, args: argparse.Namespace, console: Console) -> bool:
     rate = f"[bold]{tokens / seconds:.0f} tokens/s[/]"
     console.print(f"{tokens} tokens in {seconds:.2f} s: {rate} over {len(PROMPTS)} streams")
     console.print(experts_table(get_json(f"{url}/elastic/status")))
-    if not args.kill or args.ranks == 1:
+    if args.no_kill or args.ranks == 1:
         return True
     victim = get_json(f"{url}/elastic/status")["members"][1]
     console.print(f"the same again, and in the middle of it: [bold red]kill -9[/] of rank {victim['rank']}")
     again, _, _ = asyncio.run(stream_side_by_side(url, args.tokens, console, victim["pid"]))
+    ended = time.monotonic()
     reports = [event["report"] for event in get_json(f"{url}/elastic/events")]
     report = next((r for r in reports if victim["rank"] in r["lost"]), None)
     if report is None:
@@ -78,6 +79,7 @@ def show(url: str, args: argparse.Namespace, console: Console) -> bool:
     timeline = ", ".join(f"{phase} {1000 * seconds:.0f} ms" for phase, seconds in report["phase_s"].items())
     console.print(f"epoch {report['epoch']} without rank {victim['rank']}: {timeline}; then the step was repeated")
     wait_until_whole(url, args.ranks)
+    console.print(f"rank {victim['rank']} is back {time.monotonic() - ended:.1f} s after the streams ended")
     console.print(experts_table(get_json(f"{url}/elastic/status")))
     same = again == texts
     console.print("[bold green]both texts are as before[/]" if same else "[bold red]the texts differ[/]")

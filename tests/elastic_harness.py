@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
 from harness import PRELOAD
@@ -38,6 +39,8 @@ from elastic_moe.membership.view import View
 from elastic_moe.placement.placement import EMPTY
 from elastic_moe.placement.registry import PlacementRegistry
 from elastic_moe.runtime import ElasticRuntime
+from elastic_moe.weights import peers
+from elastic_moe.weights.checkpoint import CheckpointReader
 from elastic_moe.weights.digest import digest
 
 STEPS = 5
@@ -46,7 +49,8 @@ DEADLINE_S = 60.0
 
 
 class Death(NamedTuple):
-    """Rank `rank` kills itself in its `life`-th life (0 is the first) when it comes to `point` for the `nth` time."""
+    """Rank `rank` kills itself in its `life`-th life (0 is the first) when it comes to `point` for the `nth` time; or
+    does one of `LIES` all that life."""
 
     rank: int
     point: str
@@ -70,6 +74,10 @@ POINTS: Mapping[str, tuple[Any, str]] = {
 }
 """Where a rank can die: at the call of these; besides `between` (after a forward) and `vote`."""
 
+LIES = ("sends wrong bytes", "gives wrong weights", "loads wrong bytes")
+"""What a rank can do instead of dying, as the `point` of a `Death`: to peers in a recovery, to newcomers, from disk at
+its start."""
+
 
 def die() -> None:
     """As a rank dies whose GPU does."""
@@ -78,6 +86,9 @@ def die() -> None:
 
 def set_trap(death: Death) -> None:
     """Make this process die there."""
+    if death.point in LIES:
+        lie(death.point)
+        return
     calls = 0
 
     def trap() -> None:
@@ -106,6 +117,34 @@ def set_trap(death: Death) -> None:
         setattr(owner, name, wrapped)
 
 
+def lie(how: str) -> None:
+    """Flip a bit of every expert that passes this way."""
+
+    def flip(tensor: torch.Tensor) -> torch.Tensor:
+        tensor.view(-1).view(torch.uint8)[5] ^= 16
+        return tensor
+
+    if how == "sends wrong bytes":
+        move = recovery.move_experts
+
+        def move_wrong(*args: Any, read: Callable[..., Any], **kwargs: Any) -> None:
+            move(*args, read=lambda m: [flip(tensor.clone()) for tensor in read(m)], **kwargs)
+
+        recovery.move_experts = move_wrong
+    elif how == "gives wrong weights":
+        right = peers._bytes_of
+        peers._bytes_of = lambda tensor: right(flip(tensor.clone()))
+    else:
+        read = CheckpointReader.read_expert
+
+        def read_wrong(self: CheckpointReader, module: str, expert: int, out: Sequence[torch.Tensor]) -> int:
+            num_bytes = read(self, module, expert, out)
+            flip(out[0])
+            return num_bytes
+
+        CheckpointReader.read_expert = read_wrong
+
+
 def make_checkpoint(folder: Path) -> Path:
     """A tiny random Qwen3-MoE: 2 layers, 8 experts."""
     torch.manual_seed(0)
@@ -130,7 +169,7 @@ def wanted(checkpoint: Path) -> dict[tuple[int, int], torch.Tensor]:
 
 
 def run_cluster(
-    folder: Path, checkpoint: Path, deaths: Sequence[Death], redundant_slots: int = 0
+    folder: Path, checkpoint: Path, deaths: Sequence[Death], redundant_slots: int = 0, deadline_s: float = DEADLINE_S
 ) -> tuple[dict[tuple[int, int], torch.Tensor], list[dict[str, Any]]]:
     """Run the work on `WORLD` ranks that die as told, each started again. The logits, and each rank's last word."""
     lighthouse = LighthouseServer(
@@ -142,7 +181,7 @@ def run_cluster(
     )
     url = f"http://127.0.0.1:{lighthouse.address().rsplit(':', 1)[1]}"
     try:
-        return _Seats(folder, checkpoint, deaths, redundant_slots, url).run()
+        return _Seats(folder, checkpoint, deaths, redundant_slots, url).run(deadline_s)
     finally:
         lighthouse.shutdown()
 
@@ -155,7 +194,7 @@ class _Seats:
     ) -> None:
         self._folder, self._lighthouse = folder, lighthouse
         self._args = (folder, checkpoint, tuple(deaths), redundant_slots)
-        self._deaths = len(deaths)
+        self._deaths = sum(death.point not in LIES for death in deaths)
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([*PRELOAD, "elastic_harness"])
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -164,8 +203,8 @@ class _Seats:
         self._processes = [self._start(rank, None) for rank in range(WORLD)]
         self._mouth = Mouth()
 
-    def run(self) -> tuple[dict[tuple[int, int], torch.Tensor], list[dict[str, Any]]]:
-        deadline, over = time.monotonic() + DEADLINE_S, set()
+    def run(self, deadline_s: float) -> tuple[dict[tuple[int, int], torch.Tensor], list[dict[str, Any]]]:
+        deadline, over = time.monotonic() + deadline_s, set()
         while len(over) < WORLD and time.monotonic() < deadline:
             ended = wait([p.sentinel for r, p in enumerate(self._processes) if r not in over], timeout=0.2)
             for rank, process in enumerate(self._processes):
@@ -242,7 +281,10 @@ def _work(
         set_trap(death)
     runtime = ElasticRuntime.join(seat, device=torch.device("cpu"), exchange_timeout_s=30)
 
+    process, usage = psutil.Process(), []
+
     def tell(view: View) -> None:
+        usage.append((process.memory_info().rss, process.num_fds(), process.num_threads()))
         _write(folder / f"view-{rank}", lambda part: part.write_bytes(msgspec.json.encode(view)))
 
     if seat.rejoin is None:
@@ -271,6 +313,7 @@ def _work(
             if digest(store.tensors(layer, slot)) != store.digests[layer, store.held[layer, slot]]
         ],
         "epoch": runtime.epoch,
+        "usage": usage,
     }
     torch.save(end, folder / f"end-{rank}")
     os._exit(0)

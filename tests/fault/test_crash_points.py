@@ -49,6 +49,11 @@ def reference(checkpoint: Path) -> dict[tuple[int, int], torch.Tensor]:
 @pytest.mark.parametrize("case", CASES)
 def test_crash_point(tmp_path: Path, checkpoint: Path, reference, case: str, redundant_slots: int):
     logits, ends = run_cluster(tmp_path, checkpoint, CASES[case], redundant_slots)
+    check(logits, ends, reference)
+
+
+def check(logits: dict, ends: list[dict], reference: dict) -> None:
+    """The oracles: right logits; one placement, covering all experts; slots that hold what it says."""
     for key in ((rank, step) for rank in range(WORLD) for step in range(STEPS)):
         torch.testing.assert_close(logits[key], reference[key], rtol=1e-5, atol=1e-5)
     assert len({end["placement"] for end in ends}) == 1
@@ -58,3 +63,40 @@ def test_crash_point(tmp_path: Path, checkpoint: Path, reference, case: str, red
         assert np.array_equal(seats[:, rank], end["held"])
         assert all(set(range(8)) <= set(layer.ravel().tolist()) for layer in seats)
         assert np.array_equal(end["digests"], ends[0]["digests"])
+
+
+@pytest.mark.parametrize("lie", ["sends wrong bytes", "gives wrong weights"])
+def test_wrong_bytes_of_a_peer_are_refused_and_read_elsewhere(tmp_path: Path, checkpoint: Path, reference, lie: str):
+    lies = [Death(rank, lie) for rank in range(3)]
+    logits, ends = run_cluster(tmp_path, checkpoint, [FIRST, *lies], redundant_slots=1)
+    check(logits, ends, reference)
+    if lie == "sends wrong bytes":
+        assert "copy has a wrong digest; reading the disk" in "".join(
+            (tmp_path / f"log-{rank}").read_text() for rank in range(3)
+        )
+    else:
+        assert "weights: 0.0 MB from peers" in (tmp_path / "log-3").read_text()
+
+
+def test_a_newcomer_with_wrong_weights_does_not_use_them(tmp_path: Path, checkpoint: Path, reference):
+    """It reads wrong bytes from disk while its peers give it none: the group's digests tell, and peers send it right
+    ones when it joins."""
+    lies = [Death(rank, "gives wrong weights") for rank in range(3)]
+    logits, ends = run_cluster(tmp_path, checkpoint, [FIRST, *lies, Death(3, "loads wrong bytes", life=1)], 0)
+    check(logits, ends, reference)
+    assert "experts brought along have wrong digests" in (tmp_path / "log-3").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_hundred_deaths_leave_nothing_behind(tmp_path: Path, checkpoint: Path, reference):
+    deaths = [Death(1, "dispatch", nth=2, life=life) for life in range(100)]
+    logits, ends = run_cluster(tmp_path, checkpoint, deaths, deadline_s=800)
+    check(logits, ends, reference)
+    for rank in (0, 2, 3):
+        usage = np.array(ends[rank]["usage"])
+        early, late = usage[20:40].max(axis=0), usage[-20:].max(axis=0)
+        assert len(usage) >= 200
+        assert late[0] < early[0] * 1.05, f"rank {rank}: memory grew from {early[0]} to {late[0]} bytes"
+        assert late[1] <= early[1] + 4, f"rank {rank}: file descriptors grew from {early[1]} to {late[1]}"
+        assert late[2] <= early[2] + 4, f"rank {rank}: threads grew from {early[2]} to {late[2]}"
