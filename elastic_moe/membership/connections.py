@@ -9,20 +9,19 @@ import contextlib
 import os
 import socket
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Set
 
 
 class Connections:
-    """The established connections of this process from or to any of `ports`, held until they are shut."""
+    """The established connections of this process from or to any of `listeners`, held until they are shut."""
 
-    def __init__(self, ports: Collection[int]) -> None:
-        """`ports` are those on which the group's members listen."""
+    def __init__(self, listeners: Set[tuple[str, int]]) -> None:
+        """`listeners` are the addresses (IP, port) on which the group's members listen."""
         self._lock = threading.Lock()
         self._sockets: list[socket.socket] = []
         for sock in _sockets():
             with contextlib.suppress(OSError):  # it is not connected
-                if sock.getsockname()[1] in ports or sock.getpeername()[1] in ports:
-                    sock.getpeername()
+                if listeners & {sock.getsockname()[:2], sock.getpeername()[:2]}:
                     self._sockets.append(sock)
                     continue
             sock.close()
@@ -50,11 +49,17 @@ def listening_ports() -> Iterator[int]:
 
 def _sockets() -> Iterator[socket.socket]:
     """Every TCP socket of this process, under a file descriptor of its own."""
-    for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):  # closed meanwhile, or no socket
-            if os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
-                sock = socket.socket(fileno=os.dup(int(name)))
-                if sock.family in (socket.AF_INET, socket.AF_INET6) and sock.type == socket.SOCK_STREAM:
-                    yield sock
-                else:
-                    sock.close()
+    for fd in [int(name) for name in os.listdir("/proc/self/fd") if _is_socket(name)]:
+        with contextlib.suppress(OSError):  # closed meanwhile
+            sock = socket.socket(fileno=os.dup(fd))
+            if sock.family in (socket.AF_INET, socket.AF_INET6) and sock.type == socket.SOCK_STREAM:
+                yield sock
+            else:
+                sock.close()
+
+
+def _is_socket(name: str) -> bool:
+    try:
+        return os.readlink(f"/proc/self/fd/{name}").startswith("socket:")
+    except OSError:
+        return False

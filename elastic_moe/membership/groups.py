@@ -243,8 +243,14 @@ def _gloo(store: dist.Store, view: View, rank: int) -> tuple[Any, Callable[[Any]
     ports = set(listening_ports()) - before
     store.set(f"ports/{rank}", ",".join(map(str, ports)))
     backend = dist.ProcessGroupGloo(store, view.group_rank(rank), len(view.members), options)
-    said = store.multi_get([f"ports/{other}" for other in view.ranks])
-    connections = Connections({int(port) for ports in said for port in ports.decode().split(",") if port})
+    said = store.multi_get([f"ports/{member.rank}" for member in view.members])
+    listeners = {
+        (member.host, int(port))
+        for member, text in zip(view.members, said, strict=True)
+        for port in text.decode().split(",")
+        if port
+    }
+    connections = Connections(listeners)
     return backend, lambda _group: connections.shut()
 
 
