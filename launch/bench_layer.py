@@ -123,10 +123,12 @@ def measure(shape: Shape, module: Any, fused: FusedExperts, num_tokens: int) -> 
 
         try:
             peers[name] = time_us(peer)
-        except (ImportError, RuntimeError, ValueError, OSError):  # needs what is not installed here
+        except Exception as error:  # noqa: BLE001 - whatever a peer says that lacks its kernels
+            print(f"{name} does not run here: {error}"[:200], file=sys.stderr)
             continue
         if name != "eager":  # it asks the host which experts have tokens
             peers_graph[name] = time_us(captured(peer))
+            torch.cuda.empty_cache()
     module.config._experts_implementation = "grouped_mm"
     wanted = module(hidden, index, weights).double()
     mine, mine_graph = (first + time_us(ours)) / 2, (first_graph + time_us(captured(ours))) / 2
@@ -164,10 +166,10 @@ def captured(call: Call) -> Call:
 
 
 def time_us(call: Call) -> float:
-    """Median over about 100 ms, after 25 ms of warming up."""
+    """Median over about 50 ms, after 10 ms of warming up."""
     import triton.testing  # pyright: ignore[reportMissingImports]
 
-    milliseconds: Any = triton.testing.do_bench(call, warmup=25, rep=100, return_mode="median")
+    milliseconds: Any = triton.testing.do_bench(call, warmup=10, rep=50, return_mode="median")
     return milliseconds * 1e3
 
 

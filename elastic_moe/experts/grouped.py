@@ -79,16 +79,23 @@ class FusedExperts:
         out = torch.empty_like(hidden)
         if not slots.numel():
             return out.zero_()
-        order, offsets = sort_by_slot(slots, num_slots)
+        order, row_of_pair, offsets = sort_by_slot(slots, num_slots)
         inner = hidden.new_empty((slots.numel(), self.down.shape[2]))
         results = hidden.new_empty((slots.numel(), size))
-        _grouped_gemm(
-            hidden, self.gate_up, inner, offsets, activation=self.activation, gather=order, num_pairs_per_row=top_k
-        )
-        _grouped_gemm(inner, self.down, results, offsets, scatter=order)
-        block = 256 if num_tokens < 64 else min(2048, _power_of_2(size))
+        _grouped_gemm(hidden, self.gate_up, inner, offsets, activation=self.activation, gather=order, top_k=top_k)
+        _grouped_gemm(inner, self.down, results, offsets)
+        block = max(256, min(2048, _power_of_2(size))) if num_tokens >= 64 else 256
         _kernels().small.combine_pairs[(num_tokens, ceil(size / block))](
-            results, slots, weights, out, num_slots, size, TOP_K=top_k, BLOCK=block, num_warps=block // 256
+            results,
+            row_of_pair,
+            offsets,
+            weights,
+            out,
+            num_slots,
+            size,
+            TOP_K=top_k,
+            BLOCK=block,
+            num_warps=block // 256,
         )
         return out
 
@@ -105,7 +112,7 @@ def fused_experts(template: Any, gate_up: torch.Tensor, down: torch.Tensor) -> F
         down: its `down_proj`.
     """
     plain = template.has_gate and template.is_concatenated
-    plain = plain and not (template.has_bias or template.is_transposed or template.has_post_expert_norm)
+    plain = plain and not (template.has_bias or template.is_transposed or has_post_expert_norm(template))
     gate = getattr(type(template), "_apply_gate", None)
     activation = _ACTIVATIONS.get(type(getattr(template, "act_fn", None)).__name__)
     if not plain or activation is None or getattr(gate, "__name__", "") != "_default_apply_gate":
@@ -115,21 +122,26 @@ def fused_experts(template: Any, gate_up: torch.Tensor, down: torch.Tensor) -> F
     return FusedExperts(gate_up.detach(), down.detach(), activation)
 
 
+def has_post_expert_norm(template: Any) -> bool:
+    """Whether each expert's result is normalised; transformers before 5.18 has no such experts and no such flag."""
+    return getattr(template, "has_post_expert_norm", False)
+
+
 def choose_tile(num_rows: int, num_slots: int, columns: int) -> Tile:
     """The tile for M rows (padding included) over S slots, measured on an H200: docs/performance.md.
 
-    Few rows per slot leave the reading of weights as the only cost: narrow tiles, many programs. From about 16 rows
+    Few rows per slot leave the reading of weights as the only cost: narrow tiles, many programs. From about 8 rows
     on the specialized kernel is as fast or faster, and pays nothing for rows that are padding.
     """
     rows_per_slot = num_rows / num_slots
-    if rows_per_slot <= 16:
-        return Tile(16 if rows_per_slot <= 4 else 32, 128, 128, 3, specialized=False)
-    if rows_per_slot <= 64 or columns % 256:
+    if rows_per_slot <= 8:
+        return Tile(16, 128, 128, 3, specialized=False)
+    if rows_per_slot <= 128 or columns % 256:
         return Tile(128, 128, 64, 6, specialized=True)
     return Tile(128, 256, 64, 4, specialized=True)
 
 
-def sort_by_slot(slots: torch.Tensor, num_slots: int) -> tuple[torch.Tensor, torch.Tensor]:
+def sort_by_slot(slots: torch.Tensor, num_slots: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Group the pairs (t, k), numbered t * K + k, by their slot; stable.
 
     Args:
@@ -137,13 +149,13 @@ def sort_by_slot(slots: torch.Tensor, num_slots: int) -> tuple[torch.Tensor, tor
         num_slots: S.
 
     Returns:
-        int32 [T * K], the pair at each row, and int32 [S], the ends of the slots' rows.
+        int32: [T * K], the pair of each row; [T * K], the row of each pair; [S], the ends of the slots' rows.
     """
     num_pairs = slots.numel()
     block = 128 if num_pairs <= 16384 else 256 if num_pairs <= 65536 else 512
     num_blocks = ceil(num_pairs / block)
     padded = max(32, _power_of_2(num_slots + 1))
-    order = slots.new_empty((num_pairs,), dtype=torch.int32)
+    order, row_of_pair = slots.new_empty((2, num_pairs), dtype=torch.int32)
     offsets = slots.new_empty((num_slots,), dtype=torch.int32)
     counts = None
     small = _kernels().small
@@ -151,9 +163,21 @@ def sort_by_slot(slots: torch.Tensor, num_slots: int) -> tuple[torch.Tensor, tor
         counts = slots.new_empty((num_blocks, padded), dtype=torch.int32)
         small.count_pairs[(num_blocks,)](slots, counts, num_pairs, num_slots, BLOCK=block, S_PAD=padded)
     small.place_pairs[(num_blocks,)](
-        slots, counts, order, offsets, num_pairs, num_slots, num_blocks, BLOCK=block, CHUNK=128, S_PAD=padded
+        slots,
+        counts,
+        order,
+        row_of_pair,
+        offsets,
+        num_pairs,
+        num_slots,
+        num_blocks,
+        BLOCK=block,
+        CHUNK=128,
+        AT_ONCE=max(8, 8192 // padded),
+        S_PAD=padded,
+        num_warps=8,
     )
-    return order, offsets
+    return order, row_of_pair, offsets
 
 
 def _grouped_gemm(
@@ -164,8 +188,7 @@ def _grouped_gemm(
     *,
     activation: str | None = None,
     gather: torch.Tensor | None = None,
-    scatter: torch.Tensor | None = None,
-    num_pairs_per_row: int = 1,
+    top_k: int = 1,
 ) -> None:
     """out = rows @ weight[slot].T, gated if there is an `activation`; see `triton_kernels.grouped_gemm`."""
     num_slots, columns, depth = weight.shape
@@ -183,20 +206,20 @@ def _grouped_gemm(
         of_rows = kernels.describe(rows, [tile.rows // 2, tile.depth]) if gather is None else None
         operands = (rows, of_rows, kernels.describe(weight.view(-1, depth), [box, tile.depth]))
         settings["GROUP"] = 16
+        settings["next_ptr"] = offsets.new_zeros(1)
     else:
         kernel, operands = kernels.small.grouped_gemm, (rows, weight)
     kernel[(num_tiles,)](
         *operands,
-        out,
-        offsets,
-        scatter if gather is None else gather,
-        num_slots,
-        columns,
-        depth,
-        TOP_K=num_pairs_per_row,
+        out_ptr=out,
+        offsets_ptr=offsets,
+        order_ptr=gather,
+        num_slots=num_slots,
+        N=columns,
+        K=depth,
+        TOP_K=top_k,
         ACTIVATION=activation,
         GATHER=gather is not None,
-        SCATTER=scatter is not None,
         S_PAD=max(32, _power_of_2(num_slots)),
         num_warps=4,
         **settings,
@@ -207,12 +230,12 @@ def _grouped_gemm(
 class _Kernels:
     small: ModuleType
     large: ModuleType
+    descriptor: Any
+    layout: Any
 
     def describe(self, matrix: torch.Tensor, box: list[int]) -> Any:
         """The tensor map by which TMA reads boxes of `matrix`."""
-        hopper = importlib.import_module("triton.experimental.gluon.nvidia.hopper")
-        layout = self.large.gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-        return hopper.TensorDescriptor.from_tensor(matrix, box, layout)
+        return self.descriptor.from_tensor(matrix, box, self.layout)
 
 
 @functools.cache
@@ -221,9 +244,11 @@ def _kernels() -> Any:
     try:
         small = importlib.import_module("elastic_moe.experts.triton_kernels")
         large = importlib.import_module("elastic_moe.experts.hopper_kernels")
+        hopper = importlib.import_module("triton.experimental.gluon.nvidia.hopper")
     except ImportError:
         return None
-    return _Kernels(small, large)
+    layout = large.gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    return _Kernels(small, large, hopper.TensorDescriptor, layout)
 
 
 def _fits(weight: torch.Tensor) -> bool:

@@ -3,6 +3,9 @@
 A tile is BM = 128 rows by BN columns of weights. The loader runs ahead through a ring of STAGES buffers, over the ends
 of tiles, so the next tile loads while the last one is written. Each of the two multiplying warpgroups owns 64 rows
 and leaves a tile alone that has none for it: a group's last tile costs what its rows cost, rounded up to 64.
+
+Tiles are dealt by a counter, in order, to whoever is free: the tiles that share weights are at work at the same time
+and find them in the L2 cache. (Dealt by turns the programs drift apart; weights then came twice from memory.)
 """
 
 # pyright: reportMissingImports=false, reportPossiblyUnboundVariable=false
@@ -19,6 +22,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from elastic_moe.experts.triton_kernels import gate_with
+
+DEALT = gl.constexpr(2)  # tiles the loader may be ahead
 
 
 @gluon.jit
@@ -57,6 +62,7 @@ def _find_tile(tile, slots, begins, ends, tile_ends, tiles_n, BM: gl.constexpr, 
 def _load(
     sources,
     ring,
+    dealer,
     groups,
     N,
     K,
@@ -72,16 +78,20 @@ def _load(
     GROUP: gl.constexpr = SHAPE[4]
     STAGES: gl.constexpr = SHAPE[5]
     HALF: gl.constexpr = BM // 2
+    WARPS: gl.constexpr = 4 if GATHER else 1
+    copy: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BK, BK // 8], [4, 1], [1, 0])
+    single: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     x_ptr, x_desc, w_desc = sources
     x_ring, w_ring, full, empty = ring
+    next_ptr, dealt, dealt_full, dealt_empty = dealer
     offsets_ptr, order_ptr, num_slots = groups
-    copy: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BK, BK // 8], [4, 1], [1, 0])
     tiles_n = (N + BN - 1) // BN
-    table = _tile_table(offsets_ptr, num_slots, tiles_n, S_PAD, BM, 4 if GATHER else 1)
-    slots, begins, ends, tile_ends, num_tiles = table
+    slots, begins, ends, tile_ends, num_tiles = _tile_table(offsets_ptr, num_slots, tiles_n, S_PAD, BM, WARPS)
     stage = 0
     phase = 1
-    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+    turn = 0
+    tile = gl.program_id(0)
+    while tile < num_tiles:
         slot, row, end, n = _find_tile(tile, slots, begins, ends, tile_ends, tiles_n, BM, GROUP)
         both = row + HALF < end
         if GATHER:
@@ -117,6 +127,13 @@ def _load(
             if stage == STAGES:
                 stage = 0
                 phase ^= 1
+        tile = gl.num_programs(0) + gl.atomic_add(next_ptr, 1, sem="relaxed")
+        place = turn % DEALT
+        mbarrier.wait(dealt_empty.index(place), (turn // DEALT + 1) & 1)
+        dealt.index(place).store(gl.full([1], 0, gl.int32, single) + tile)
+        gl.thread_barrier()
+        mbarrier.arrive(dealt_full.index(place))
+        turn += 1
 
 
 @gluon.jit
@@ -162,12 +179,12 @@ def _pass_tile(stage, phase, full, empty, K, BK: gl.constexpr, STAGES: gl.conste
 def _multiply(
     out_ptr,
     ring,
+    dealer,
     groups,
     N,
     K,
     FIRST: gl.constexpr,
     ACTIVATION: gl.constexpr,
-    SCATTER: gl.constexpr,
     SHAPE: gl.constexpr,
 ):
     S_PAD: gl.constexpr = SHAPE[0]
@@ -177,16 +194,20 @@ def _multiply(
     GROUP: gl.constexpr = SHAPE[4]
     STAGES: gl.constexpr = SHAPE[5]
     x_ring, w_ring, full, empty = ring
-    offsets_ptr, order_ptr, num_slots = groups
+    _next_ptr, dealt, dealt_full, dealt_empty = dealer
+    offsets_ptr, _order_ptr, num_slots = groups
     ROWS: gl.constexpr = BM // 2
     WIDTH: gl.constexpr = BN if ACTIVATION is None else BN // 2
     store: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
+    single: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     tiles_n = (N + BN - 1) // BN
     width = tiles_n * WIDTH
     slots, begins, ends, tile_ends, num_tiles = _tile_table(offsets_ptr, num_slots, tiles_n, S_PAD, BM, 4)
     stage = 0
     phase = 0
-    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+    turn = 0
+    tile = gl.program_id(0)
+    while tile < num_tiles:
         _slot, row, end, n = _find_tile(tile, slots, begins, ends, tile_ends, tiles_n, BM, GROUP)
         row += FIRST
         if row < end:
@@ -199,13 +220,16 @@ def _multiply(
             out = gl.convert_layout(out.to(out_ptr.dtype.element_ty), store)
             rows = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, store))
             columns = n * WIDTH + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, store))
-            target = rows
-            if SCATTER:
-                target = gl.load(order_ptr + rows, mask=rows < end, other=0)
-            pointers = out_ptr + gl.expand_dims(target.to(gl.int64) * width, 1) + gl.expand_dims(columns, 0)
+            pointers = out_ptr + gl.expand_dims(rows.to(gl.int64) * width, 1) + gl.expand_dims(columns, 0)
             gl.store(pointers, out, mask=gl.expand_dims(rows < end, 1))
         else:
             stage, phase = _pass_tile(stage, phase, full, empty, K, BK, STAGES)
+        place = turn % DEALT
+        mbarrier.wait(dealt_full.index(place), turn // DEALT & 1)
+        tile = gl.max(dealt.index(place).load(single), 0)
+        gl.thread_barrier()
+        mbarrier.arrive(dealt_empty.index(place))
+        turn += 1
 
 
 @gluon.jit
@@ -216,13 +240,13 @@ def grouped_gemm(
     out_ptr,
     offsets_ptr,
     order_ptr,
+    next_ptr,
     num_slots,
     N,
     K,
     TOP_K: gl.constexpr,
     ACTIVATION: gl.constexpr,
     GATHER: gl.constexpr,
-    SCATTER: gl.constexpr,
     S_PAD: gl.constexpr,
     BM: gl.constexpr,
     BN: gl.constexpr,
@@ -230,7 +254,7 @@ def grouped_gemm(
     GROUP: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """As `triton_kernels.grouped_gemm`; `w_desc` is over all slots' rows [S * N, K], N a multiple of BN."""
+    """As `triton_kernels.grouped_gemm`; `w_desc` is over all slots' rows [S * N, K], int32 next[0] is zero."""
     GATED: gl.constexpr = ACTIVATION is not None
     x_ring = gl.allocate_shared_memory(w_desc.dtype, [STAGES, BM, BK], w_desc.layout)
     w_ring = gl.allocate_shared_memory(w_desc.dtype, [STAGES, BN, BK], w_desc.layout)
@@ -239,16 +263,23 @@ def grouped_gemm(
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=129 if GATHER else 1)  # 128 copying threads and the TMA's bytes
         mbarrier.init(empty.index(stage), count=2)
+    dealt = gl.allocate_shared_memory(gl.int32, [DEALT, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    dealt_full = gl.allocate_shared_memory(gl.int64, [DEALT, 1], mbarrier.MBarrierLayout())
+    dealt_empty = gl.allocate_shared_memory(gl.int64, [DEALT, 1], mbarrier.MBarrierLayout())
+    for place in gl.static_range(DEALT):
+        mbarrier.init(dealt_full.index(place), count=1)
+        mbarrier.init(dealt_empty.index(place), count=2)
     fence_async_shared()
     sources = (x_ptr, x_desc, w_desc)
     ring = (x_ring, w_ring, full, empty)
+    dealer = (next_ptr, dealt, dealt_full, dealt_empty)
     groups = (offsets_ptr, order_ptr, num_slots)
     SHAPE: gl.constexpr = (S_PAD, BM, BN, BK, GROUP, STAGES)
     gl.warp_specialize(
         [
-            (_multiply, (out_ptr, ring, groups, N, K, 0, ACTIVATION, SCATTER, SHAPE)),
-            (_multiply, (out_ptr, ring, groups, N, K, BM // 2, ACTIVATION, SCATTER, SHAPE)),
-            (_load, (sources, ring, groups, N, K, TOP_K, GATED, GATHER, SHAPE)),
+            (_multiply, (out_ptr, ring, dealer, groups, N, K, 0, ACTIVATION, SHAPE)),
+            (_multiply, (out_ptr, ring, dealer, groups, N, K, BM // 2, ACTIVATION, SHAPE)),
+            (_load, (sources, ring, dealer, groups, N, K, TOP_K, GATED, GATHER, SHAPE)),
         ],
         [4, 4 if GATHER else 1],
         [224, 56],

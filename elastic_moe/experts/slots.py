@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from elastic_moe.experts.grouped import FusedExperts, fused_experts
+from elastic_moe.experts.grouped import FusedExperts, fused_experts, has_post_expert_norm
 from elastic_moe.weights.layout import ExpertLayout
 
 
@@ -66,7 +66,7 @@ class SlotExperts(nn.Module):
         up = self._linear(rows, self._first, offsets)
         hidden = template._apply_gate(up) if template.has_gate else template.act_fn(up)
         out = self._linear(hidden, "down_proj", offsets)
-        return template.post_expert_norm(out) if template.has_post_expert_norm else out
+        return template.post_expert_norm(out) if has_post_expert_norm(template) else out
 
     def fused(self, rows: torch.Tensor) -> FusedExperts | None:
         """The kernels that compute these experts for rows like `rows` without gradients, where there are such."""

@@ -40,15 +40,17 @@ def place_pairs(
     slots_ptr,
     counts_ptr,
     order_ptr,
+    row_ptr,
     offsets_ptr,
     num_pairs,
     num_slots,
     num_blocks,
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     S_PAD: tl.constexpr,
 ):
-    """Stable counting sort: order[j] is the pair at row j when rows are grouped by slot. One block needs no counts."""
+    """Stable counting sort: the pair of each row, and the row of each pair. One block needs no counts."""
     block = tl.program_id(0)
     bins = tl.arange(0, S_PAD)
     start = tl.zeros((S_PAD,), tl.int32)
@@ -56,8 +58,8 @@ def place_pairs(
         total = tl.histogram(_slots_of(slots_ptr, tl.arange(0, BLOCK), num_pairs, num_slots), S_PAD)
     else:
         total = tl.zeros((S_PAD,), tl.int32)
-        for first in range(0, num_blocks, 16):
-            others = first + tl.arange(0, 16)[:, None]
+        for first in range(0, num_blocks, AT_ONCE):
+            others = first + tl.arange(0, AT_ONCE)[:, None]
             counts = tl.load(counts_ptr + others * S_PAD + bins[None, :], mask=others < num_blocks, other=0)
             total += tl.sum(counts, 0)
             start += tl.sum(tl.where(others < block, counts, 0), 0)
@@ -72,6 +74,7 @@ def place_pairs(
         earlier = (slots[:, None] == slots[None, :]) & (chunk[:, None] > chunk[None, :])
         row = tl.gather(start, slots, 0) + tl.sum(earlier.to(tl.int32), 1)
         tl.store(order_ptr + row, pairs, mask=pairs < num_pairs)
+        tl.store(row_ptr + pairs, row, mask=pairs < num_pairs)
         start += tl.histogram(slots, S_PAD)
 
 
@@ -88,7 +91,6 @@ def grouped_gemm(
     TOP_K: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GATHER: tl.constexpr,
-    SCATTER: tl.constexpr,
     S_PAD: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -98,7 +100,7 @@ def grouped_gemm(
     """out = x @ w[slot].T for the rows of each slot, one tile of BM rows by BN columns per program.
 
     With ACTIVATION, the N rows of w[slot] are gate and up, and act(gate) * up of width N / 2 is written. With GATHER
-    row j is token order[j] // TOP_K of x, with SCATTER it is written to row order[j]. N is a multiple of BN, K of BK.
+    row j is token order[j] // TOP_K of x. N is a multiple of BN, K of BK.
 
     The weights are the left operand of the tensor cores, so the few rows are on their finer side. The tiles of a slot
     that share weights are neighbours: only the first reads them from memory.
@@ -141,24 +143,23 @@ def grouped_gemm(
             WIDTH: tl.constexpr = BN // 2
             gate, up = acc.reshape(2, WIDTH, BM).permute(2, 1, 0).split()
             out = gate_with(gate, ACTIVATION) * up
-        target = rows
-        if SCATTER:
-            target = tl.load(order_ptr + rows, mask=inside, other=0)
         columns = n * WIDTH + tl.arange(0, WIDTH)
-        pointers = out_ptr + target.to(tl.int64)[:, None] * (N // BN * WIDTH) + columns[None, :]
+        pointers = out_ptr + rows.to(tl.int64)[:, None] * (N // BN * WIDTH) + columns[None, :]
         tl.store(pointers, out.to(out_ptr.dtype.element_ty), mask=inside[:, None])
 
 
 @triton.jit
-def combine_pairs(results_ptr, slots_ptr, weights_ptr, out_ptr, num_slots, D, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
-    """out[t] = the sum over k, in this order and in float32, of weights[t, k] * results[t * K + k]."""
+def combine_pairs(
+    results_ptr, row_ptr, offsets_ptr, weights_ptr, out_ptr, num_slots, D, TOP_K: tl.constexpr, BLOCK: tl.constexpr
+):
+    """out[t] = the sum over k, in this order and in float32, of weights[t, k] times the result of pair (t, k)."""
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    num_rows = tl.load(offsets_ptr + num_slots - 1)
     total = tl.zeros((BLOCK,), tl.float32)
     for k in tl.static_range(TOP_K):
         pair = token * TOP_K + k
-        slot = tl.load(slots_ptr + pair)
-        here = (slot >= 0) & (slot < num_slots)
-        row = tl.load(results_ptr + pair * D + columns, mask=here & (columns < D), other=0.0)
-        total += tl.load(weights_ptr + pair).to(tl.float32) * row.to(tl.float32)
+        row = tl.load(row_ptr + pair).to(tl.int64)
+        result = tl.load(results_ptr + row * D + columns, mask=(row < num_rows) & (columns < D), other=0.0)
+        total += tl.load(weights_ptr + pair).to(tl.float32) * result.to(tl.float32)
     tl.store(out_ptr + token * D + columns, total.to(out_ptr.dtype.element_ty), mask=columns < D)

@@ -188,10 +188,11 @@ def test_graph_of_the_experts_alone_replays_with_other_offsets(capacity):
 def test_sort_by_slot(num_pairs, num_slots):
     torch.manual_seed(4)
     slots = torch.randint(-1, num_slots + 2, (num_pairs, 1), device=CUDA)
-    order, offsets = sort_by_slot(slots, num_slots)
+    order, row_of_pair, offsets = sort_by_slot(slots, num_slots)
     flat = slots.flatten()
     flat = flat.where((flat >= 0) & (flat < num_slots), num_slots)
     assert torch.equal(order.long(), flat.argsort(stable=True))
+    assert torch.equal(row_of_pair[order.long()].long(), torch.arange(num_pairs, device=CUDA))
     assert torch.equal(offsets.long(), flat.bincount(minlength=num_slots + 1)[:-1].cumsum(0))
 
 
@@ -201,7 +202,7 @@ def test_gradients_go_the_other_way():
     experts = with_slots(module)
     rows = torch.randn((8, 128), device=CUDA).bfloat16().requires_grad_()
     assert experts.fused(rows) is None
-    experts(rows, torch.tensor([2, 4, 6, 8], dtype=torch.int32, device=CUDA)).sum().backward()
+    experts(rows, torch.tensor([2, 4, 6, 8], dtype=torch.int32, device=CUDA)).square().sum().backward()
     assert rows.grad is not None
     with torch.no_grad():
         assert experts.fused(rows) is not None
