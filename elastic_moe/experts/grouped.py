@@ -17,6 +17,13 @@ _ACTIVATIONS = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu_tanh
 """By the class of `act_fn`; of torch and transformers."""
 
 
+_ROW_TILES_TOGETHER = 16
+"""Row tiles of a slot that go through its columns together: what they read then stays in the L2 cache."""
+
+_TRITON_BELOW = (3, 8)
+"""Gluon, in which `hopper_kernels` is written, renames things: compiled with Triton 3.6 and 3.7, run with 3.6."""
+
+
 @dataclass(frozen=True)
 class Tile:
     """What one program computes: `rows` of a slot by `columns` of its weights, `depth` of the inner dimension a step.
@@ -123,7 +130,7 @@ def fused_experts(template: Any, gate_up: torch.Tensor, down: torch.Tensor) -> F
 
 
 def has_post_expert_norm(template: Any) -> bool:
-    """Whether each expert's result is normalised; transformers before 5.18 has no such experts and no such flag."""
+    """Whether each expert's result is normalised; transformers 5.17 has no such experts and no such flag."""
     return getattr(template, "has_post_expert_norm", False)
 
 
@@ -205,7 +212,7 @@ def _grouped_gemm(
         box = tile.columns if activation is None else tile.columns // 2
         of_rows = kernels.describe(rows, [tile.rows // 2, tile.depth]) if gather is None else None
         operands = (rows, of_rows, kernels.describe(weight.view(-1, depth), [box, tile.depth]))
-        settings["GROUP"] = 16
+        settings["GROUP"] = _ROW_TILES_TOGETHER
         settings["next_ptr"] = offsets.new_zeros(1)
     else:
         kernel, operands = kernels.small.grouped_gemm, (rows, weight)
@@ -240,8 +247,11 @@ class _Kernels:
 
 @functools.cache
 def _kernels() -> Any:
-    """The kernels, or None where Triton is not installed or lacks what they are written in."""
+    """The kernels, or None where Triton is not installed or not one they are written for."""
     try:
+        version = importlib.import_module("triton").__version__
+        if tuple(int(part) for part in version.split(".")[:2]) >= _TRITON_BELOW:
+            return None
         small = importlib.import_module("elastic_moe.experts.triton_kernels")
         large = importlib.import_module("elastic_moe.experts.hopper_kernels")
         hopper = importlib.import_module("triton.experimental.gluon.nvidia.hopper")

@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from elastic_moe.experts.triton_kernels import gate_with
 
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # renamed in Triton 3.7
 DEALT = gl.constexpr(2)  # tiles the loader may be ahead
 
 
@@ -131,7 +132,7 @@ def _load(
         place = turn % DEALT
         mbarrier.wait(dealt_empty.index(place), (turn // DEALT + 1) & 1)
         dealt.index(place).store(gl.full([1], 0, gl.int32, single) + tile)
-        gl.thread_barrier()
+        barrier()
         mbarrier.arrive(dealt_full.index(place))
         turn += 1
 
@@ -150,14 +151,14 @@ def _multiply_tile(
         x = x_ring.index(stage).slice(FIRST, ROWS, 0)
         acc = warpgroup_mma(x, w_ring.index(stage).permute((1, 0)), acc, is_async=True)
         acc = warpgroup_mma_wait(1, deps=(acc,))
-        gl.thread_barrier()
+        barrier()
         mbarrier.arrive(empty.index((stage + STAGES - 1) % STAGES), pred=k > 0)
         stage += 1
         if stage == STAGES:
             stage = 0
             phase ^= 1
     acc = warpgroup_mma_wait(0, deps=(acc,))
-    gl.thread_barrier()
+    barrier()
     mbarrier.arrive(empty.index((stage + STAGES - 1) % STAGES))
     return acc, stage, phase
 
@@ -166,7 +167,7 @@ def _multiply_tile(
 def _pass_tile(stage, phase, full, empty, K, BK: gl.constexpr, STAGES: gl.constexpr):
     for _ in range(0, K, BK):
         mbarrier.wait(full.index(stage), phase)
-        gl.thread_barrier()
+        barrier()
         mbarrier.arrive(empty.index(stage))
         stage += 1
         if stage == STAGES:
@@ -227,7 +228,7 @@ def _multiply(
         place = turn % DEALT
         mbarrier.wait(dealt_full.index(place), turn // DEALT & 1)
         tile = gl.max(dealt.index(place).load(single), 0)
-        gl.thread_barrier()
+        barrier()
         mbarrier.arrive(dealt_empty.index(place))
         turn += 1
 
