@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from elastic_moe.experts.slots import SlotExperts
+from elastic_moe.placement.placement import EMPTY
 from elastic_moe.runtime import ElasticRuntime
 
 
@@ -46,6 +47,10 @@ class ElasticMoELayer(nn.Module):
         exchange = self._runtime.exchange
         last = self.num_experts - 1
         slots = self._runtime.registry.choose_slots(self.layer, top_k_index.clamp(max=last))
+        fused = self.experts.fused(hidden_states) if self._runtime.topology.num_ranks == 1 else None
+        if fused is not None:  # all slots are this rank's own: nothing to exchange
+            slots = slots.masked_fill(top_k_index > last, EMPTY)
+            return fused.compute_routed(hidden_states, slots, top_k_weights)
         sent = exchange.dispatch(hidden_states, slots)
         results = exchange.combine(self.experts(sent.rows, sent.offsets), sent.ticket)
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from elastic_moe.experts.grouped import FusedExperts, fused_experts, has_post_expert_norm
 from elastic_moe.weights.layout import ExpertLayout
 
 
@@ -58,11 +59,21 @@ class SlotExperts(nn.Module):
         Returns:
             [M, D].
         """
+        fused = self.fused(rows)
+        if fused is not None:
+            return fused.compute(rows, offsets)
         template = self.template
         up = self._linear(rows, self._first, offsets)
         hidden = template._apply_gate(up) if template.has_gate else template.act_fn(up)
         out = self._linear(hidden, "down_proj", offsets)
-        return template.post_expert_norm(out) if template.has_post_expert_norm else out
+        return template.post_expert_norm(out) if has_post_expert_norm(template) else out
+
+    def fused(self, rows: torch.Tensor) -> FusedExperts | None:
+        """The kernels that compute these experts for rows like `rows` without gradients, where there are such."""
+        trains = torch.is_grad_enabled() and (rows.requires_grad or any(p.requires_grad for p in self.parameters()))
+        if trains or not rows.is_cuda or rows.dtype != torch.bfloat16 or not self.template.has_gate:
+            return None
+        return fused_experts(self.template, self.get_parameter("gate_up_proj"), self.get_parameter("down_proj"))
 
     def _linear(self, rows: torch.Tensor, name: str, offsets: torch.Tensor) -> torch.Tensor:
         weight = getattr(self, name)

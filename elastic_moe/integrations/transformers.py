@@ -24,7 +24,7 @@ log = logging.getLogger("elastic_moe.weights")
 Progress = Callable[[int, int], None]
 """Called with (bytes read so far, bytes to read in all) while a checkpoint is loaded."""
 
-_EXPERTS_INTERFACE = ("num_experts", "has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
+_EXPERTS_INTERFACE = ("num_experts", "has_gate", "has_bias", "is_transposed")
 
 
 def find_experts(model: nn.Module) -> dict[str, nn.Module]:
