@@ -74,9 +74,8 @@ POINTS: Mapping[str, tuple[Any, str]] = {
 }
 """Where a rank can die: at the call of these; besides `between` (after a forward) and `vote`."""
 
-LIES = ("sends wrong bytes", "gives wrong weights", "loads wrong bytes")
-"""What a rank can do instead of dying, as the `point` of a `Death`: to peers in a recovery, to newcomers, from disk at
-its start."""
+LIES = ("gives wrong weights", "loads wrong bytes")
+"""What a rank can do instead of dying, as the `point` of a `Death`: to newcomers, from disk at its start."""
 
 
 def die() -> None:
@@ -124,14 +123,7 @@ def lie(how: str) -> None:
         tensor.view(-1).view(torch.uint8)[5] ^= 16
         return tensor
 
-    if how == "sends wrong bytes":
-        move = recovery.move_experts
-
-        def move_wrong(*args: Any, read: Callable[..., Any], **kwargs: Any) -> None:
-            move(*args, read=lambda m: [flip(tensor.clone()) for tensor in read(m)], **kwargs)
-
-        recovery.move_experts = move_wrong
-    elif how == "gives wrong weights":
+    if how == "gives wrong weights":
         right = peers._bytes_of
         peers._bytes_of = lambda tensor: right(flip(tensor.clone()))
     else:

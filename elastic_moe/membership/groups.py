@@ -26,6 +26,13 @@ BUILD_TIMEOUT_S = 3.0
 """How long members of a new view wait for each other; they have all just asked for it."""
 
 
+TURN_S = 0.05
+"""How long a rank may stay in a call after it has left the group, at the most."""
+BURY_S = 10.0
+_NCCL = getattr(dist, "ProcessGroupNCCL", ())
+"""Its works are done when they are queued, and its abort does free who waits."""
+
+
 class Group:
     """One process group with a deadline on every call and errors that say what broke off."""
 
@@ -33,6 +40,7 @@ class Group:
         """`abort(backend)` breaks off every call in flight, from another thread, and makes later ones fail."""
         self._backend = backend
         self._abort = abort
+        self._may_be_left = not isinstance(backend, _NCCL)
         self._name = name
         self._epoch = epoch
         self._timeout_s = timeout_s
@@ -118,6 +126,7 @@ class Group:
             self._aborted = True
         if self.size > 1:
             self._abort(self._backend)
+            threading.Thread(target=_bury, args=(self._backend,), name="bury", daemon=True).start()
 
     def _refuse_if_aborted(self) -> None:
         if self._aborted:
@@ -128,7 +137,10 @@ class Group:
         self.waiting = True
         try:
             self._refuse_if_aborted()
-            start().wait()
+            work = start()
+            while not self._is_done(work):
+                self._refuse_if_aborted()
+            work.wait()
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
             raise PeerLost(
@@ -137,6 +149,27 @@ class Group:
             ) from error
         finally:
             self.waiting = False
+
+    def _is_done(self, work: "dist.Work | _All") -> bool:
+        """Whether `work` has ended, or its `wait` can be trusted to end with an abort. Waits a little.
+
+        gloo has been seen not to notice that its sockets are shut until the deadline, so its collectives are waited
+        for in turns, and left behind when the group is aborted. (A point-to-point work with a timeout would break off
+        the others of its group.)
+        """
+        if not self._may_be_left or isinstance(work, _All):
+            return True
+        try:
+            work.wait(timedelta(seconds=TURN_S))
+        except RuntimeError:
+            return work.is_completed()
+        return True
+
+
+def _bury(backend: Any) -> None:
+    """Hold the last reference to an aborted group: its end may wait for a call left behind, and nobody else has to."""
+    time.sleep(BURY_S)
+    del backend
 
 
 class _All:

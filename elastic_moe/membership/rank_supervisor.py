@@ -14,8 +14,8 @@ from elastic_moe.membership.view import View
 POLL_S = 0.25
 QUICK_DEATH_S = 60.0
 """A process that dies within this many seconds of its start died quickly."""
-RESPAWN_S = 0.5
-"""Wait before a respawn: starting takes whole cores for seconds, and the survivors recover first."""
+RESPAWN_S = 2.0
+"""Wait before a respawn: starting takes whole cores for seconds; first the survivors recover and catch up."""
 BACKOFF_S = 1.0
 """Wait before the second respawn in a row after quick deaths; doubles with each."""
 
@@ -139,7 +139,7 @@ class RankSupervisor:
             reason = self._refused or f"it died {self._quick_deaths} times within {QUICK_DEATH_S:.0f} s of its start"
             complain(f"rank {rank}: given up ({reason}); the others go on without it", None)
             return False
-        wait = BACKOFF_S * 2 ** (self._quick_deaths - 2) if self._quick_deaths > 1 else RESPAWN_S
+        wait = max(RESPAWN_S, BACKOFF_S * 2 ** (self._quick_deaths - 2))
         self._respawn_at = now + wait
         complain(f"rank {rank}: the process ended with code {code}; respawn in {wait:g} s", None)
         return True
