@@ -98,6 +98,7 @@ class ElasticRuntime:
         self._exchange: TokenExchange | None = None
         self._store: ExpertStore | None = None
         self._weight_server: WeightServer | None = None
+        self._supervised: Supervised | None = None
         self._hear(silence_timeout_s)
         if view.has(self.rank, seat.member.incarnation):
             self.signals.watch(view, self.rank)
@@ -145,6 +146,7 @@ class ElasticRuntime:
         runtime = cls(seat, view, topology_of(launch), device, **settings)
         runtime._weight_server = server
         if supervised:
+            runtime._supervised = supervised
             runtime.on_view.append(supervised.tell_view)
             if start.rejoin is None:
                 supervised.tell_view(view)
@@ -256,8 +258,8 @@ class ElasticRuntime:
                 self.recover(str(error))
 
     def finish(self) -> None:
-        """Take part, without tokens, in what the others still run, until every rank of the launch has come here; also
-        those that are dead now and come back.
+        """Take part, without tokens, in what the others still run, until every rank of the launch has come here, also
+        those that are dead now and come back; then leave the group for good.
 
         Raises:
             NotEnoughSlots, TransferFailed: the experts cannot be restored.
@@ -276,6 +278,9 @@ class ElasticRuntime:
                 self.recover(str(error))
         with contextlib.suppress(PeerLost):
             self.groups.control.barrier()  # nobody leaves before all know that it is over
+        if self._supervised is not None:
+            self._supervised.tell_done()
+        self.close()
 
     def join_idle(self) -> None:
         """Take part in one forward of the others without tokens.

@@ -12,10 +12,10 @@ import os
 import sys
 from pathlib import Path
 
-from elastic_moe.membership.channel import SeatStart
+from elastic_moe.membership.channel import Ready, SeatStart
 from elastic_moe.membership.launch import SUPERVISOR_FD, Launch
 from elastic_moe.membership.rank_supervisor import SEAT, Limits, RankSupervisor
-from elastic_moe.membership.supervisor import Child
+from elastic_moe.membership.supervisor import Child, Event
 
 
 class ScriptSupervisor(RankSupervisor):
@@ -25,6 +25,7 @@ class ScriptSupervisor(RankSupervisor):
         """`command` is started without a change."""
         super().__init__(launch, limits, keeps_lighthouse=launch.local_rank == 0)
         self._command = command
+        self._done = False
 
     def start_process(self, start: SeatStart) -> Child:
         """See the base."""
@@ -32,9 +33,15 @@ class ScriptSupervisor(RankSupervisor):
         child.channel.send(start)
         return child
 
+    def on_message(self, event: Event) -> None:
+        """See the base."""
+        self._done = self._done or isinstance(event.message, Ready)
+
     def on_exit(self, code: int) -> int | None:
         """See the base; 128 + N for a script that signal N killed, as in a shell."""
-        if code == 0 or self._view is None:
+        if self._done and code < 0:
+            return 0
+        if code == 0 or self._done or self._view is None:
             return code if code >= 0 else 128 - code
         return None
 

@@ -50,6 +50,7 @@ class Membership:
         """`lighthouses` are URLs in the order of preference; nothing is connected before it is needed."""
         self._me = me
         self._urls: list[str] = []
+        self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
         self._requests: dict[int, Future[View]] = {}
         self._gone: dict[str, float] = {}
@@ -64,8 +65,12 @@ class Membership:
         self._beating.set()
 
     def close(self) -> None:
-        """End the heartbeats for good."""
+        """End the heartbeats for good, and wait for their threads: one inside Rust code at the interpreter's end would
+        abort the process."""
         self._closed.set()
+        self._beating.set()
+        for thread in self._threads:
+            thread.join(2 * CONNECT_TIMEOUT_S)
 
     def gone(self, rank: int, incarnation: str) -> None:
         """The supervisor of this process says that it ended. From any thread."""
@@ -167,7 +172,9 @@ class Membership:
         for url in urls:
             if url not in self._urls:
                 self._urls.append(url)
-                threading.Thread(target=self._beat, args=(url,), name="heartbeat", daemon=True).start()
+                thread = threading.Thread(target=self._beat, args=(url,), name="heartbeat", daemon=True)
+                self._threads.append(thread)
+                thread.start()
 
     def _beat(self, url: str) -> None:
         client, name = None, _name(self._me.rank, self._me.incarnation)

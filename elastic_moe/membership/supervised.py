@@ -4,7 +4,7 @@ import os
 import threading
 import time
 
-from elastic_moe.membership.channel import Beat, Channel, SeatStart, ViewChanged
+from elastic_moe.membership.channel import Beat, Channel, Ready, SeatStart, ViewChanged
 from elastic_moe.membership.launch import Launch
 from elastic_moe.membership.view import View
 
@@ -33,6 +33,10 @@ class Supervised:
     def tell_view(self, view: View) -> None:
         """The members of the group, for the supervisor and for whoever it starts in this seat next."""
         self._channel.send(ViewChanged(view))
+
+    def tell_done(self) -> None:
+        """This rank has done all its work: however the process ends from now on, it is not started again."""
+        self._channel.send(Ready("done"))
 
     def begin(self) -> None:
         """Die with the supervisor from now on, and let it see that this process lives.
