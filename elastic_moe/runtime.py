@@ -398,6 +398,7 @@ class ElasticRuntime:
         log.warning("rank %d is silent: asking for a new view", member.rank)
         if self.view.has(member.rank, member.incarnation):
             self._leave(self.view)
+        self.on_change()
 
     def _let_knock(self, member: Member) -> None:
         if not self.view.has(member.rank, member.incarnation):

@@ -245,7 +245,7 @@ class EpochGroups:
             prefix = dist.PrefixStore(f"elastic_moe/{self.epoch}/{self._view.digest}", store)
             data = _gloo if self._device.type == "cpu" else _nccl
             control, data = self._group(_gloo, "control", prefix), self._group(data, "data", prefix)
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             self._fail(str(error).splitlines()[0])
             return
         try:

@@ -133,7 +133,7 @@ class Membership:
     def _ask(self, after: int, future: "Future[View]") -> None:
         try:
             future.set_result(self._call(lambda client: self._quorum(client, after)))
-        except (PeerLost, ValueError) as error:
+        except (PeerLost, ValueError, msgspec.MsgspecError) as error:  # or whoever waits would wait for ever
             future.set_exception(error if isinstance(error, PeerLost) else PeerLost(str(error)))
 
     def _quorum(self, client: LighthouseClient, after: int) -> View:
