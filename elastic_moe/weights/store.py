@@ -93,8 +93,32 @@ class ExpertStore:
         self.held[layer, slot] = expert
         return True
 
+    def is_right(self, layer: int, expert: int, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether `tensors` have the digest of an expert, as far as it is known."""
+        return self.digests[layer, expert] in (UNKNOWN, digest(tensors))
+
+    def install(self, layer: int, slot: int, expert: int, tensors: Sequence[torch.Tensor]) -> None:
+        """Copy an expert that was verified elsewhere (in staging) into a slot."""
+        for target, source in zip(self.vacate(layer, slot), tensors, strict=True):
+            target.copy_(source, non_blocking=True)
+        self.held[layer, slot] = expert
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether there is a source of last resort."""
+        return self._read is not None
+
     def read_from_disk(self, layer: int, slot: int, expert: int) -> None:
         """Fill a vacated slot from the checkpoint, verified.
+
+        Raises:
+            TransferFailed: there is no checkpoint, it cannot be read, or its bytes have another digest.
+        """
+        self.read_into(layer, expert, self.tensors(layer, slot))
+        self.accept(layer, slot, expert)
+
+    def read_into(self, layer: int, expert: int, out: Sequence[torch.Tensor]) -> None:
+        """Read an expert from the checkpoint into `out`, verified.
 
         Raises:
             TransferFailed: there is no checkpoint, it cannot be read, or its bytes have another digest.
@@ -103,8 +127,8 @@ class ExpertStore:
         if self._read is None:
             raise TransferFailed(f"{where}: no live copy, and no checkpoint to read it from")
         try:
-            self._read(layer, expert, self.tensors(layer, slot))
+            self._read(layer, expert, out)
         except (CheckpointError, OSError) as error:
             raise TransferFailed(f"{where}: no live copy, and the checkpoint failed: {error}") from error
-        if not self.accept(layer, slot, expert):
+        if not self.is_right(layer, expert, out):
             raise TransferFailed(f"{where}: no live copy, and the checkpoint's bytes have another digest than at start")
