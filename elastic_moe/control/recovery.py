@@ -8,7 +8,7 @@ second loss on the way simply begins again at the view.
 import enum
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 
 from elastic_moe.control.report import Report
 from elastic_moe.errors import PeerLost, TransferFailed
+from elastic_moe.membership.current_epoch import CurrentEpoch
 from elastic_moe.membership.groups import EpochGroups
 from elastic_moe.membership.quorum import Membership
 from elastic_moe.membership.view import Member, View
@@ -28,6 +29,7 @@ from elastic_moe.weights.store import UNKNOWN, ExpertStore
 
 log = logging.getLogger("elastic_moe.recovery")
 
+DEADLINE_S = 60.0
 MOVES_IN_FLIGHT = 64
 """Experts on their way between ranks at once; bounds the receive buffers of the transport."""
 
@@ -52,29 +54,23 @@ class Recovery:
         self,
         me: Member,
         membership: Membership,
+        epoch: CurrentEpoch,
         topology: Topology,
         store: ExpertStore,
         device: torch.device,
         *,
         exchange_timeout_s: float,
         grow_slots: bool,
-        knock: Callable[[View], None],
-        enter: Callable[[View, EpochGroups], None],
-        leave: Callable[[View], None],
     ) -> None:
-        """`knock` tells the members of a view that this process waits for a place. `enter` hands over each new view
-        with its groups, before they are built, so that other threads may abort them; `leave` aborts them and tells
-        the view's members to do so too."""
+        """`epoch` enters each new view with its groups before they are built, so that other threads may abort them."""
         self._me = me
         self._membership = membership
+        self._epoch = epoch
         self._topology = topology
         self._store = store
         self._device = device
         self._exchange_timeout_s = exchange_timeout_s
         self._grow_slots = grow_slots
-        self._knock = knock
-        self._enter = enter
-        self._leave = leave
         self._newcomer = False
         self._seconds: dict[str, float] = {}
         self._bytes = np.zeros(len(Distance), dtype=np.int64)
@@ -82,7 +78,7 @@ class Recovery:
         self._lower_bound = 0
 
     def run(
-        self, view: View, version: int, reason: str, deadline_s: float, *, newcomer: bool
+        self, view: View, version: int, reason: str, *, newcomer: bool, deadline_s: float = DEADLINE_S
     ) -> tuple[Placement, Report]:
         """Go from `view` to a later one, in which all members agree on a placement.
 
@@ -90,8 +86,8 @@ class Recovery:
             view: the last known; its groups are aborted already.
             version: of the last placement committed here.
             reason: what was noticed, for the report.
-            deadline_s: give up after this many seconds.
             newcomer: this process has never been a member; what it holds must have the digests of the group.
+            deadline_s: give up after this many seconds.
 
         Raises:
             PeerLost: no agreement within the deadline.
@@ -104,16 +100,16 @@ class Recovery:
             attempts += 1
             try:
                 with self._phase(Phase.VIEW):
-                    view = self._membership.next_view(view, self._knock, deadline_s)
+                    view = self._membership.next_view(view, self._epoch.knock, deadline_s)
                 with self._phase(Phase.GROUPS):
                     groups = EpochGroups(view, self._me.rank, self._device, self._exchange_timeout_s)
-                    self._enter(view, groups)
+                    self._epoch.enter(view, groups)
                     groups.build()
                 placement = self._repair(view, groups, version)
                 break
             except PeerLost as error:
                 log.warning("recovery attempt %d: %s", attempts, error)
-                self._leave(view)
+                self._epoch.leave(view)
                 if time.monotonic() - begin > deadline_s:
                     raise
         report = Report(

@@ -38,11 +38,13 @@ class Supervised:
         """This rank has done all its work: however the process ends from now on, it is not started again."""
         self._channel.send(Ready("done"))
 
-    def begin(self) -> None:
-        """Die with the supervisor from now on, and let it see that this process lives.
+    def begin(self, view: View) -> None:
+        """Die with the supervisor from now on, and let it see that this process lives, in `view` if it is a member.
 
         What a script does between its steps is its own business, so it is watched for silence only, not for progress.
         """
+        if self.start.rejoin is None:
+            self.tell_view(view)
         threading.Thread(target=die_with_supervisor, args=(self._channel,), daemon=True).start()
         threading.Thread(target=self._beat, name="beat", daemon=True).start()
 
