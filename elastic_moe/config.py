@@ -16,7 +16,7 @@ from typing import Any
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 EPLB_MODES = ("off", "sync", "async")
-EPLB_ALGORITHMS = ("elastic", "deepseek")
+EPLB_ALGORITHMS = ("search", "deepseek")
 
 
 def _key(default: Any, help_: str) -> Any:
@@ -92,7 +92,7 @@ class EplbConfig:
     """The load balancer: which expert has how many copies, and where, while tokens flow."""
 
     mode: str = _key("off", f"one of {', '.join(EPLB_MODES)} (sync stops the step loop for a round; async does not)")
-    algorithm: str = _key("elastic", f"one of {', '.join(EPLB_ALGORITHMS)}")
+    algorithm: str = _key("search", f"one of {', '.join(EPLB_ALGORITHMS)}")
     interval_s: float = _key(10.0, "from one look at the loads to the next, in seconds")
     threshold: float = _key(1.05, "balance when the fullest rank has more than this times the mean load (1 or more)")
     half_life_steps: int = _key(500, "tokens counted this many steps ago count half")

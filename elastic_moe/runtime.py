@@ -7,8 +7,10 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from elastic_moe.config import EplbConfig
 from elastic_moe.control import lockstep
 from elastic_moe.control.hooks import Hooks
+from elastic_moe.control.rebalancer import Rebalancer
 from elastic_moe.control.recovery import Recovery
 from elastic_moe.control.report import Report
 from elastic_moe.errors import PeerLost
@@ -23,6 +25,8 @@ from elastic_moe.membership.quorum import Membership
 from elastic_moe.membership.rendezvous import Seat, meet
 from elastic_moe.membership.supervised import Supervised
 from elastic_moe.membership.view import View
+from elastic_moe.placement.balance import balance, warm_up
+from elastic_moe.placement.loads import LoadCounter, read_loads
 from elastic_moe.placement.placement import Placement, fewest_slots, initial_placement
 from elastic_moe.placement.registry import PlacementRegistry
 from elastic_moe.placement.topology import Topology
@@ -64,17 +68,21 @@ class ElasticRuntime:
         silence_timeout_s: float = 20.0,
         lighthouses: Sequence[str] = (),
         grow_slots: bool = True,
+        eplb: EplbConfig | None = None,
     ) -> None:
         """`view` is the current one, or, for a process that takes a dead one's seat, the last known.
 
         A member builds the groups of `view` here, together with all others; a newcomer gets its first ones by
-        `recover`, once it holds what it wants to bring.
+        `recover`, once it holds what it wants to bring. `eplb` says how experts are balanced; by default they are not.
         """
         self.seat = seat
         self.rank = seat.member.rank
         self.topology = topology
         self.device = device
         self.steps = 0
+        """Forwards finished."""
+        self.handshakes = 0
+        """Calls of `agree` in this epoch: the number of the step that all ranks are in."""
         self._hooks = Hooks()
         self.on_rank_lost, self.on_rank_joined = self._hooks.rank_lost, self._hooks.rank_joined
         self.on_placement_changed, self.on_view = self._hooks.placement_changed, self._hooks.view
@@ -85,10 +93,13 @@ class ElasticRuntime:
         self.signals = seat.signals
         self._exchange_timeout_s = exchange_timeout_s
         self._grow_slots = grow_slots
+        self._eplb = eplb or EplbConfig()
         self._membership = Membership(seat.member, lighthouses or view.lighthouses)
         self._epoch = CurrentEpoch(seat.member, view, seat.signals, self._membership, lambda: self.on_change())
         self._registry: PlacementRegistry | None = None
         self._exchange: TokenExchange | None = None
+        self._load_counter: LoadCounter | None = None
+        self._rebalancer: Rebalancer | None = None
         self._store: ExpertStore | None = None
         self._weight_server: WeightServer | None = None
         self._supervised: Supervised | None = None
@@ -169,22 +180,50 @@ class ElasticRuntime:
         """The experts held here; RuntimeError before `hold`."""
         return _placed(self._store)
 
+    @property
+    def load_counter(self) -> LoadCounter:
+        """Where the layers count their tokens; RuntimeError before `place`."""
+        return _placed(self._load_counter)
+
+    @property
+    def rebalancer(self) -> Rebalancer:
+        """The load balancer; RuntimeError before `place`."""
+        return _placed(self._rebalancer)
+
     def place(
         self, num_layers: int, num_experts: int, *, slots_per_rank: int | None = None, redundant_slots: int = 0
     ) -> Placement:
         """Commit the initial placement of L layers x E experts over all seats.
 
         `slots_per_rank` S is ceil(E / R) + `redundant_slots` unless given. Every rank computes the same. Spare slots
-        hold replicas if any were asked for (by either argument); the remainder of E / R alone makes none.
+        hold replicas if any were asked for (by either argument); the remainder of E / R alone makes none. With
+        `eplb.initial_loads` experts are placed by these loads.
 
         Raises:
             NotEnoughSlots: R * S < E; the message says how many are needed.
+            ValueError: the file of initial loads cannot be read or does not fit.
         """
         replicate = slots_per_rank is not None or redundant_slots > 0
         if slots_per_rank is None:
             slots_per_rank = fewest_slots(num_experts, self.topology.num_ranks) + redundant_slots
-        placement = initial_placement(num_layers, num_experts, self.topology, slots_per_rank, replicate=replicate)
+        if self._eplb.initial_loads:
+            loads = read_loads(self._eplb.initial_loads, num_layers, num_experts)
+            placement = balance(loads, self.topology, slots_per_rank, algorithm=self._eplb.algorithm)
+        else:
+            placement = initial_placement(num_layers, num_experts, self.topology, slots_per_rank, replicate=replicate)
         self._registry = PlacementRegistry(placement, self.rank, self.topology, self.device)
+        if self._eplb.mode != "off":
+            warm_up()  # here: numba crashed when it compiled in a thread beside torch's
+        self._load_counter = LoadCounter(num_layers, num_experts, self.device)
+        self._rebalancer = Rebalancer(
+            self._eplb,
+            self.rank,
+            self._registry,
+            self._load_counter,
+            steps=lambda: self.steps,
+            wake=lambda: self.on_change(),
+            committed=self._hooks.call_placement_changed,
+        )
         self._use_groups()
         return placement
 
@@ -194,11 +233,17 @@ class ElasticRuntime:
         Args:
             layers: of all MoE layers, in the placement's order.
             read: where an expert comes from that no live rank holds (the checkpoint).
+
+        Raises:
+            ValueError: experts shall be balanced, but there is no `read`: a loss amid a move could not be mended.
         """
+        if read is None and self._eplb.mode != "off":
+            raise ValueError(f"eplb.mode={self._eplb.mode} needs a checkpoint; elasticize with checkpoint=, or use off")
         self._store = ExpertStore(layers, self.registry.placement.of_rank(self.rank), read)
         self._store.record_digests()
         if self._epoch.is_entered:
             self._store.digests = self.groups.control.all_reduce_max_array(self._store.digests)
+            self.rebalancer.begin_epoch(self.view, self.groups, self._store, changed=False)
 
     def peers(self) -> Peers | None:
         """Where a newcomer takes its weights from, before the disk; None for a process that is a member."""
@@ -215,6 +260,9 @@ class ElasticRuntime:
         Raises:
             PeerLost: a peer died, left, or missed the deadline; or all leave now to take a process in.
         """
+        self.handshakes += 1
+        if self._rebalancer is not None:
+            self._rebalancer.enter_step(self.handshakes)
         *agreed, joining = self.groups.control.all_reduce_max([*flags, int(self._epoch.somebody_knocks)])
         if joining:
             raise PeerLost("a process joins")
@@ -289,6 +337,7 @@ class ElasticRuntime:
         """
         log.info("leaving epoch %d: %s", self.epoch, reason)
         self._epoch.leave(self.view)
+        self.rebalancer.end_epoch()
         recovery = Recovery(
             self.seat.member,
             self._membership,
@@ -303,12 +352,16 @@ class ElasticRuntime:
         placement, report = recovery.run(self.view, version, reason, newcomer=newcomer)
         self.registry.commit(placement)
         self._use_groups()
+        self.handshakes = 0
+        self.rebalancer.begin_epoch(self.view, self.groups, self.store, changed=True)
         log.info("recovered: %s", report)
         self._hooks.call(self.rank, self.view, placement, report)
         return report
 
     def close(self) -> None:
         """Leave for good. Peers still inside a call get `PeerLost`."""
+        if self._rebalancer is not None:
+            self._rebalancer.end_epoch()
         self._membership.close()
         self.signals.close()
         if self._weight_server is not None:

@@ -24,5 +24,9 @@ class Hooks:
             for other in ranks:
                 for hook in hooks if other != rank else ():
                     hook(other)
+        self.call_placement_changed(placement)
+
+    def call_placement_changed(self, placement: Placement) -> None:
+        """After every commit but the first."""
         for hook in self.placement_changed:
             hook(placement)

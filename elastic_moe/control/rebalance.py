@@ -93,8 +93,8 @@ def decide(
 class Round:
     """One round on one rank. Every rank of the view runs it with the same loads; the first decides for all.
 
-    Nothing that serves is touched but by `swap`: a round that breaks off leaves a placement that was committed, with the
-    slots that it names.
+    Nothing that serves is touched but by `swap`: a round that breaks off leaves a placement that was committed, and
+    the slots as it says.
     """
 
     def __init__(

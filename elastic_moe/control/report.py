@@ -24,7 +24,10 @@ class Report(msgspec.Struct, tag="recovery", frozen=True):
 
 
 class RebalanceReport(msgspec.Struct, tag="rebalance", frozen=True):
-    """One round of the load balancer, the same on every rank but for `ops` and the times. Times are seconds, bytes those of the whole group."""
+    """One round of the load balancer, the same on every rank but for `ops` and the times.
+
+    Times are seconds, bytes those of the whole group.
+    """
 
     epoch: int
     number: int

@@ -14,8 +14,8 @@ from elastic_moe.placement.placement import EMPTY, Placement
 def chunks(current: np.ndarray, goal: Placement, max_received: int, max_layers: int) -> Iterator[np.ndarray]:
     """The slots after each chunk, int32 [L, P], from `current` (excluded) to those of `goal` (the last).
 
-    Layers change in rising order. A layer's moves are cut into closed sets (see `closed_sets`) and packed into chunks in
-    which no rank receives more than `max_received` experts and no more than `max_layers` layers change. Only a
+    Layers change in rising order. A layer's moves are cut into closed sets (see `closed_sets`) and packed into chunks
+    in which no rank receives more than `max_received` experts and no more than `max_layers` layers change. Only a
     closed set that asks for more on its own makes a larger chunk, of at most one layer.
 
     Args:

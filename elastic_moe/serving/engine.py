@@ -1,6 +1,7 @@
 """The engine process: one rank's model, its requests, and the loop that keeps all ranks in step."""
 
 import argparse
+import contextlib
 import logging
 import os
 import queue
@@ -23,7 +24,7 @@ from elastic_moe.membership.supervised import BEAT_S, die_with_supervisor
 from elastic_moe.runtime import ElasticRuntime
 from elastic_moe.serving.batching import Batcher
 from elastic_moe.serving.mailbox import Mailbox
-from elastic_moe.serving.protocol import Cancel, Event, Status, Submit, Tokens
+from elastic_moe.serving.protocol import Cancel, Event, Rebalance, Status, Submit, Tokens
 
 log = logging.getLogger("elastic_moe.engine")
 
@@ -44,14 +45,13 @@ class Engine:
         self._phase, self._reason = "loading", ""
         self._load_seconds = 0.0
         self._process = psutil.Process()
-        self._handshakes = 0
         self._woken_for = 0
         self._asleep = False
         self._pending = False
         config, launch = start.config, start.seat.launch
         device = pick_device(config.model, launch.local_rank, launch.local_world_size)
         model = meta_model(config.model.path, pick_dtype(config.model.dtype))
-        self._mailbox = Mailbox(host_of(launch), self.status)
+        self._mailbox = Mailbox(host_of(launch), self.status, lambda: self.runtime.rebalancer.local_loads())
         self.runtime = self._join(device)
         self.runtime.on_change = lambda: self._mailbox.inbox.put(None)
         self.runtime.signals.on(Wake, self._be_woken)
@@ -71,6 +71,7 @@ class Engine:
             silence_timeout_s=elastic.hang_timeout_s,
             lighthouses=[url for url in elastic.lighthouse.split(",") if url],
             grow_slots=elastic.grow_slots,
+            eplb=self._config.eplb,
         )
 
     def _load(self, model: PreTrainedModel) -> PreTrainedModel:
@@ -117,11 +118,11 @@ class Engine:
         self._take_mail()
         if not self._pending:
             self._pending = self._batcher.prepare()
-        self._handshakes += 1
-        if self._asleep and self._woken_for < self._handshakes:
+        next_handshake = self.runtime.handshakes + 1
+        if self._asleep and self._woken_for < next_handshake:
             view = self.runtime.view
             others = [m for m in view.members if m.rank != self.runtime.rank]
-            self.runtime.signals.tell(others, Wake(view.epoch, self._handshakes))
+            self.runtime.signals.tell(others, Wake(view.epoch, next_handshake))
         (work,) = self.runtime.agree(int(self._pending))
         self._asleep = not work
         if work and self._pending:
@@ -146,7 +147,7 @@ class Engine:
                 while not self.runtime.change_is_wanted:
                     self._take(self._mailbox.inbox.get())
                 reason = "the group changes again"
-        self._handshakes = self._woken_for = 0
+        self._woken_for = 0
         self._asleep = False
         self._serving()
         self._mailbox.send(Event(self.runtime.rank, report))
@@ -165,15 +166,26 @@ class Engine:
             except queue.Empty:
                 return
             self._take(message)
+            self._tell_of_rebalances()
 
     def _must_wake(self) -> bool:
-        return self._woken_for > self._handshakes or self._batcher.has_requests or self.runtime.change_is_wanted
+        runtime = self.runtime
+        wanted = runtime.change_is_wanted or runtime.rebalancer.wants_steps
+        return wanted or self._woken_for > runtime.handshakes or self._batcher.has_requests
 
-    def _take(self, message: Submit | Cancel | None) -> None:
+    def _tell_of_rebalances(self) -> None:
+        reports = self.runtime.rebalancer.reports
+        while not reports.empty():
+            self._mailbox.send(Event(self.runtime.rank, reports.get()))
+
+    def _take(self, message: Submit | Cancel | Rebalance | None) -> None:
         if isinstance(message, Submit):
             self._submit(message)
         elif isinstance(message, Cancel):
             self._batcher.cancel(message.request_id)
+        elif isinstance(message, Rebalance):
+            with contextlib.suppress(ValueError):  # it is off; front ends know that too
+                self.runtime.rebalancer.request(message.op)
 
     def _be_woken(self, word: Wake) -> None:
         """In the signals' thread."""
@@ -185,7 +197,7 @@ class Engine:
         """Tell the supervisor twice a second that this process lives, and whether it gets on."""
         while True:
             groups_wait = self._phase != "serving" or self.runtime.groups.waiting
-            progress = self._handshakes + self.runtime.steps
+            progress = self.runtime.handshakes + self.runtime.steps + self.runtime.rebalancer.progress
             if not self._channel.send(Beat(progress, working=not (self._asleep or groups_wait))):
                 return
             time.sleep(BEAT_S)

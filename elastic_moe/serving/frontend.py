@@ -62,7 +62,9 @@ async def serve(config: ServeConfig, node: int, listener: socket.socket, model: 
         loop.add_signal_handler(number, inbox.put_nowait, None)
     threading.Thread(target=_receive, args=(channel, loop, inbox), name="supervisor", daemon=True).start()
     async with asyncio.TaskGroup() as tasks:
-        gateway = Gateway(tasks, Metrics(), max_in_flight=config.server.max_waiting, node=node)
+        gateway = Gateway(
+            tasks, Metrics(), max_in_flight=config.server.max_waiting, node=node, eplb_mode=config.eplb.mode
+        )
         with contextlib.closing(gateway):
             server = HttpServer(create_app(gateway, model), config.log_level)
             serving = tasks.create_task(server.serve([listener]))

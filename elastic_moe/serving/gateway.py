@@ -9,14 +9,16 @@ from types import TracebackType
 
 import zmq.asyncio
 
+from elastic_moe.control.report import RebalanceReport
 from elastic_moe.errors import ElasticError
 from elastic_moe.membership.view import View
+from elastic_moe.serving.balance_desk import BalanceDesk
 from elastic_moe.serving.cluster_status import ClusterStatus, MemberStatus, RequestStatus, newest_placement
 from elastic_moe.serving.engine_link import EngineLink
 from elastic_moe.serving.events import EventLog
 from elastic_moe.serving.journal import Entry, Journal, Owner
 from elastic_moe.serving.metrics import Metrics
-from elastic_moe.serving.protocol import DROPPED, Cancel, Event, Hello, Sampling, Status, Tokens
+from elastic_moe.serving.protocol import DROPPED, Cancel, Event, Hello, Loads, Sampling, Status, Tokens
 from elastic_moe.serving.routing import choose_rank
 
 HELLO_INTERVAL_S = 1.0
@@ -77,7 +79,15 @@ class Generation:
 class Gateway:
     """Owns the journal, the view and the links to its members. Everything runs in one event loop."""
 
-    def __init__(self, tasks: asyncio.TaskGroup, metrics: Metrics, *, max_in_flight: int, node: int = 0) -> None:
+    def __init__(
+        self,
+        tasks: asyncio.TaskGroup,
+        metrics: Metrics,
+        *,
+        max_in_flight: int,
+        node: int = 0,
+        eplb_mode: str = "off",
+    ) -> None:
         """Start saying hello to engines (none before the first `set_view`).
 
         Args:
@@ -85,6 +95,7 @@ class Gateway:
             metrics: where requests and tokens are counted.
             max_in_flight: requests in flight before `open` refuses.
             node: the node this runs on.
+            eplb_mode: how the engines balance their experts.
         """
         self.metrics = metrics
         self.stopping = ""
@@ -96,6 +107,8 @@ class Gateway:
         self._context = zmq.asyncio.Context()
         self._view: View | None = None
         self._links: dict[int, EngineLink] = {}
+        self.balance = BalanceDesk(eplb_mode, self._links)
+        """Rebalances that clients ask for, and loads."""
         self._listeners: dict[int, asyncio.Task[None]] = {}
         self._journal = Journal()
         self.events = EventLog(metrics)
@@ -147,6 +160,7 @@ class Gateway:
             link = self._links[rank] = EngineLink(self._context, members[rank])
             self._listeners[rank] = self._tasks.create_task(self._listen(link))
             link.send(Hello(self._name))
+            self.balance.greet(link)
         orphans = self._journal.orphans(view)
         for entry in orphans:
             entry.owner = None
@@ -244,6 +258,10 @@ class Gateway:
                 self._take(message)
             elif isinstance(message, Event):
                 self.events.add(message)
+                if isinstance(message.report, RebalanceReport):
+                    self.balance.finish(message.report)
+            elif isinstance(message, Loads):
+                self.balance.take(link.member.rank, message)
             else:
                 link.heard(message, time.monotonic())
                 self._follow(message)
