@@ -10,6 +10,7 @@ import torch
 from elastic_moe.config import EplbConfig
 from elastic_moe.control import lockstep
 from elastic_moe.control.hooks import Hooks
+from elastic_moe.control.rebalance import load_balancer
 from elastic_moe.control.rebalancer import Rebalancer
 from elastic_moe.control.recovery import Recovery
 from elastic_moe.control.report import Report
@@ -25,7 +26,6 @@ from elastic_moe.membership.quorum import Membership
 from elastic_moe.membership.rendezvous import Seat, meet
 from elastic_moe.membership.supervised import Supervised
 from elastic_moe.membership.view import View
-from elastic_moe.placement.balance import balance, warm_up
 from elastic_moe.placement.loads import LoadCounter, read_loads
 from elastic_moe.placement.placement import Placement, fewest_slots, initial_placement
 from elastic_moe.placement.registry import PlacementRegistry
@@ -208,12 +208,13 @@ class ElasticRuntime:
             slots_per_rank = fewest_slots(num_experts, self.topology.num_ranks) + redundant_slots
         if self._eplb.initial_loads:
             loads = read_loads(self._eplb.initial_loads, num_layers, num_experts)
+            balance = load_balancer()
             placement = balance(loads, self.topology, slots_per_rank, algorithm=self._eplb.algorithm)
         else:
             placement = initial_placement(num_layers, num_experts, self.topology, slots_per_rank, replicate=replicate)
         self._registry = PlacementRegistry(placement, self.rank, self.topology, self.device)
         if self._eplb.mode != "off":
-            warm_up()  # here: numba crashed when it compiled in a thread beside torch's
+            load_balancer()
         self._load_counter = LoadCounter(num_layers, num_experts, self.device)
         self._rebalancer = Rebalancer(
             self._eplb,

@@ -1,9 +1,13 @@
 """One round of the load balancer: sum the loads, decide, move experts into staging, swap them in, chunk by chunk."""
 
+import fcntl
 import logging
+import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -14,9 +18,8 @@ from elastic_moe.control.report import RebalanceReport
 from elastic_moe.errors import TransferFailed
 from elastic_moe.membership.groups import Group
 from elastic_moe.membership.view import View
-from elastic_moe.placement.balance import balance
 from elastic_moe.placement.chunks import chunks
-from elastic_moe.placement.measure import balancedness
+from elastic_moe.placement.balancedness import balancedness
 from elastic_moe.placement.placement import EMPTY, Placement
 from elastic_moe.placement.registry import PlacementRegistry, Tables
 from elastic_moe.placement.topology import Topology
@@ -69,12 +72,12 @@ def decide(
     """
     if not loads.any():
         return Decision("no tokens were counted yet")
-    balanced = balancedness(current.slots, loads, current.slots_per_rank, alive)
+    balanced = balancedness(current.slots, loads, current.slots_per_rank)
     before, by_layer = float((1 / balanced).mean()), balanced.round(4).tolist()
     if not asked and before <= config.threshold:
         reason = f"max/mean {before:.3f} is within eplb.threshold={config.threshold}"
         return Decision(reason, by_layer, before, before)
-    goal = balance(
+    goal = load_balancer()(
         loads,
         topology,
         current.slots_per_rank,
@@ -84,10 +87,25 @@ def decide(
         version=current.version + 1,
         epoch=epoch,
     )
-    after = float((1 / balancedness(goal.slots, loads, goal.slots_per_rank, alive)).mean())
+    after = float((1 / balancedness(goal.slots, loads, goal.slots_per_rank)).mean())
     if (goal.slots == current.slots).all() or after >= before:
         return Decision(f"no better placement than the present one, max/mean {before:.3f}", by_layer, before, before)
     return Decision(f"max/mean {before:.3f} -> {after:.3f}", by_layer, before, after, goal.slots.tobytes())
+
+
+def load_balancer() -> Callable[..., Placement]:
+    """`placement.balance.balance`, compiled. Call it first in the main thread of a process, before it serves.
+
+    numba takes a second to import, and several to compile the first time on a machine: only those who balance pay, the
+    processes of a host one after the other, so that all but the first find it compiled. (Compiled in a
+    background thread beside torch's it was seen to crash.)
+    """
+    from elastic_moe.placement.balance import balance, warm_up
+
+    with Path(tempfile.gettempdir(), f"elastic_moe-numba-{os.getuid()}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        warm_up()
+    return balance
 
 
 class Round:
