@@ -19,7 +19,7 @@ from elastic_moe.placement.topology import Topology
 
 TARGET_FROM_NOTHING = 1.005
 TARGET_FROM_CURRENT = 1.02
-"""max / mean load over the ranks of a layer at which the search is content; moving more would cost more than it gains."""
+"""max / mean rank load of a layer at which the search is content."""
 
 SPREAD_TOLERANCE = 0.01
 """How much max / mean a layer may be over its target before two copies of an expert share a node to lower it."""
@@ -123,9 +123,7 @@ def balance(
     homes = None if num_groups is None else homes_of_experts(weight, num_groups, room, node, held)
     if homes is not None:
         domain, node, home = node, domain, homes
-    problem = Problem(
-        weight, loads.any(axis=1), room, node, domain, home, slots_per_rank, held, max_moves, target
-    )
+    problem = Problem(weight, loads.any(axis=1), room, node, domain, home, slots_per_rank, held, max_moves, target)
     slots = ALGORITHMS[algorithm](problem)
     return Placement(slots.reshape(len(loads), -1), loads.shape[1], slots_per_rank, version=version, epoch=epoch)
 
@@ -231,9 +229,7 @@ def _room(
     return np.where(np.isin(np.arange(num_ranks), list(live)), room, 0)
 
 
-def _held(
-    current: Placement | np.ndarray, loads: np.ndarray, room: np.ndarray, slots_per_rank: int
-) -> np.ndarray:
+def _held(current: Placement | np.ndarray, loads: np.ndarray, room: np.ndarray, slots_per_rank: int) -> np.ndarray:
     """int32 [L, R, S]: what the live ranks hold."""
     slots = current.slots if isinstance(current, Placement) else np.asarray(current)
     num_layers, num_experts = loads.shape

@@ -70,9 +70,7 @@ def new_layer(
         for i in range(copies[expert]):
             load[holders[expert, i]] += share[expert, 1]
     held = on_rank.copy()
-    return Layer(
-        slots, room, node, domain, home, weight, limit, held, load, copies, share, holders, on_rank, on_node
-    )
+    return Layer(slots, room, node, domain, home, weight, limit, held, load, copies, share, holders, on_rank, on_node)
 
 
 @njit(cache=True, nogil=True)
