@@ -19,7 +19,7 @@ from elastic_moe.placement.topology import Topology
 
 TARGET_FROM_NOTHING = 1.005
 TARGET_FROM_CURRENT = 1.02
-"""max / mean load over the ranks of a layer at which the search is content; moving more would cost more than it gains."""
+"""max / mean rank load of a layer at which the search is content."""
 
 SPREAD_TOLERANCE = 0.01
 """How much max / mean a layer may be over its target before two copies of an expert share a node to lower it."""
@@ -123,9 +123,7 @@ def balance(
     homes = None if num_groups is None else homes_of_experts(weight, num_groups, room, node, held)
     if homes is not None:
         domain, node, home = node, domain, homes
-    problem = Problem(
-        weight, loads.any(axis=1), room, node, domain, home, slots_per_rank, held, max_moves, target
-    )
+    problem = Problem(weight, loads.max(axis=1) > 0, room, node, domain, home, slots_per_rank, held, max_moves, target)
     slots = ALGORITHMS[algorithm](problem)
     return Placement(slots.reshape(len(loads), -1), loads.shape[1], slots_per_rank, version=version, epoch=epoch)
 
@@ -231,10 +229,8 @@ def _room(
     return np.where(np.isin(np.arange(num_ranks), list(live)), room, 0)
 
 
-def _held(
-    current: Placement | np.ndarray, loads: np.ndarray, room: np.ndarray, slots_per_rank: int
-) -> np.ndarray:
-    """int32 [L, R, S]: what the live ranks hold."""
+def _held(current: Placement | np.ndarray, loads: np.ndarray, room: np.ndarray, slots_per_rank: int) -> np.ndarray:
+    """int32 [L, R, S]: what the usable slots of live ranks hold."""
     slots = current.slots if isinstance(current, Placement) else np.asarray(current)
     num_layers, num_experts = loads.shape
     shape = (num_layers, len(room) * slots_per_rank)
@@ -243,7 +239,8 @@ def _held(
     held = only_alive(slots, slots_per_rank, np.flatnonzero(room).tolist())
     if held.min() < EMPTY or held.max() >= num_experts:
         raise ValueError(f"current names experts outside -1..{num_experts - 1}")
-    return held.reshape(num_layers, len(room), slots_per_rank)
+    held = held.reshape(num_layers, len(room), slots_per_rank)
+    return np.where(np.arange(slots_per_rank) < room[:, None], held, np.int32(EMPTY))
 
 
 def _check_room(num_experts: int, room: np.ndarray) -> None:

@@ -55,7 +55,7 @@ def new_layer(
             expert = slots[rank, slot]
             if expert == NONE:
                 continue
-            if slot >= room[rank] or on_rank[expert, rank] or home[expert] != domain[rank]:
+            if on_rank[expert, rank] or home[expert] != domain[rank]:
                 slots[rank, slot] = NONE
                 continue
             holders[expert, copies[expert]] = rank
@@ -70,9 +70,7 @@ def new_layer(
         for i in range(copies[expert]):
             load[holders[expert, i]] += share[expert, 1]
     held = on_rank.copy()
-    return Layer(
-        slots, room, node, domain, home, weight, limit, held, load, copies, share, holders, on_rank, on_node
-    )
+    return Layer(slots, room, node, domain, home, weight, limit, held, load, copies, share, holders, on_rank, on_node)
 
 
 @njit(cache=True, nogil=True)
@@ -84,7 +82,7 @@ def put(layer: Layer, rank: int, slot: int, expert: int) -> None:
         layer.copies[old] -= 1
         layer.load[rank] -= layer.share[old, 1]
         _share_anew(layer, old)
-    _enter(layer, expert, rank, layer.copies[expert])
+    _enter(layer, expert, rank, int(layer.copies[expert]))
     layer.copies[expert] += 1
     layer.load[rank] += layer.share[expert, 1]
     _share_anew(layer, expert)
@@ -98,7 +96,7 @@ def swap(layer: Layer, rank: int, slot: int, other: int, other_slot: int) -> Non
     for expert, here, there in ((first, rank, other), (second, other, rank)):
         if expert != NONE:
             _leave(layer, expert, here)
-            _enter(layer, expert, there, layer.copies[expert] - 1)
+            _enter(layer, expert, there, int(layer.copies[expert] - 1))
             layer.load[here] -= layer.share[expert, 1]
             layer.load[there] += layer.share[expert, 1]
     layer.slots[rank, slot], layer.slots[other, other_slot] = second, first

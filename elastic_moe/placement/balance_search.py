@@ -315,7 +315,7 @@ def _loss_without(layer: Layer, expert: int, rank: int, most: int) -> int:
         if other != rank:
             if layer.load[other] + more >= most:
                 return NONE
-            loss += _more_excess(layer.load[other] - layer.limit[other], more)
+            loss += _more_excess(int(layer.load[other] - layer.limit[other]), more)
     return loss
 
 
@@ -325,5 +325,5 @@ def _relief_by_copy(layer: Layer, expert: int) -> int:
     relief, less = 0, layer.share[expert, 2] - layer.share[expert, 1]
     for i in range(layer.copies[expert]):
         other = layer.holders[expert, i]
-        relief -= _more_excess(layer.load[other] - layer.limit[other], less)
+        relief -= _more_excess(int(layer.load[other] - layer.limit[other]), less)
     return relief
