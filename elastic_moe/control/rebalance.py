@@ -18,8 +18,8 @@ from elastic_moe.control.report import RebalanceReport
 from elastic_moe.errors import TransferFailed
 from elastic_moe.membership.groups import Group
 from elastic_moe.membership.view import View
+from elastic_moe.placement.balancedness import MoveCost, balancedness, worth_moving
 from elastic_moe.placement.chunks import chunks
-from elastic_moe.placement.balancedness import balancedness
 from elastic_moe.placement.placement import EMPTY, Placement
 from elastic_moe.placement.registry import PlacementRegistry, Tables
 from elastic_moe.placement.topology import Topology
@@ -55,6 +55,7 @@ def decide(
     alive: Sequence[int],
     topology: Topology,
     config: EplbConfig,
+    expert_bytes: int,
     *,
     asked: bool,
     epoch: int,
@@ -66,14 +67,16 @@ def decide(
         current: the committed placement.
         alive: EP ranks of the members.
         topology: the node of every seat.
-        config: threshold and algorithm.
+        config: threshold, algorithm, link rate and interval.
+        expert_bytes: of one expert of one layer.
         asked: somebody wants the best placement, whatever the threshold says.
         epoch: of the new placement.
     """
     if not loads.any():
         return Decision("no tokens were counted yet")
     balanced = balancedness(current.slots, loads, current.slots_per_rank)
-    before, by_layer = float((1 / balanced).mean()), balanced.round(4).tolist()
+    uneven, by_layer = 1 / balanced, balanced.round(4).tolist()
+    before = float(uneven.mean())
     if not asked and before <= config.threshold:
         reason = f"max/mean {before:.3f} is within eplb.threshold={config.threshold}"
         return Decision(reason, by_layer, before, before)
@@ -87,10 +90,16 @@ def decide(
         version=current.version + 1,
         epoch=epoch,
     )
-    after = float((1 / balancedness(goal.slots, loads, goal.slots_per_rank)).mean())
-    if (goal.slots == current.slots).all() or after >= before:
+    uneven_then = 1 / balancedness(goal.slots, loads, goal.slots_per_rank)
+    after = float(uneven_then.mean())
+    if after >= before:
         return Decision(f"no better placement than the present one, max/mean {before:.3f}", by_layer, before, before)
-    return Decision(f"max/mean {before:.3f} -> {after:.3f}", by_layer, before, after, goal.slots.tobytes())
+    most_received = max(arrivals(current, goal), default=0)
+    cost = MoveCost(link_bytes_per_s=config.link_gb_per_s * 1e9, horizon_s=config.interval_s)
+    pays, why = worth_moving(uneven, uneven_then, most_received * expert_bytes, cost)
+    if not asked and not pays:
+        return Decision(f"max/mean {before:.3f} -> {after:.3f} does not pay: {why}", by_layer, before, before)
+    return Decision(f"max/mean {before:.3f} -> {after:.3f}: {why}", by_layer, before, after, goal.slots.tobytes())
 
 
 def load_balancer() -> Callable[..., Placement]:
@@ -172,7 +181,7 @@ class Round:
         if decision.slots:
             slots = np.frombuffer(decision.slots, dtype=np.int32).reshape(start.slots.shape)
             goal = Placement(slots, start.num_experts, start.slots_per_rank, start.version + 1, epoch)
-            bound = new_copies(start, goal) * self._store.expert_bytes
+            bound = sum(arrivals(start, goal)) * self._store.expert_bytes
             try:
                 self._carry_out(goal)
                 outcome = "moved"
@@ -205,7 +214,14 @@ class Round:
         view, registry, said = self._view, self._registry, None
         if self._rank == view.ranks[0]:
             decision = decide(
-                loads, registry.placement, view.ranks, registry.topology, self._config, asked=asked, epoch=view.epoch
+                loads,
+                registry.placement,
+                view.ranks,
+                registry.topology,
+                self._config,
+                self._store.expert_bytes,
+                asked=asked,
+                epoch=view.epoch,
             )
             said = msgspec.msgpack.encode(decision)
         return msgspec.msgpack.decode(self._group.broadcast(said), type=Decision)
@@ -285,10 +301,15 @@ class Round:
             self._phase_s[name] = self._phase_s.get(name, 0.0) + time.monotonic() - begin
 
 
-def new_copies(old: Placement, new: Placement) -> int:
-    """Experts that come to ranks which did not hold them: no way from `old` to `new` moves fewer between ranks."""
-    count = 0
-    for rank in range(new.num_ranks):
-        was, becomes = old.of_rank(rank), new.of_rank(rank)
-        count += sum(len(set(b) - set(a) - {EMPTY}) for a, b in zip(was.tolist(), becomes.tolist(), strict=True))
-    return count
+def arrivals(old: Placement, new: Placement) -> list[int]:
+    """By rank, the experts of `new` that it does not hold in `old`: no way from one to the other moves fewer."""
+    held = [_experts_of_rank(placement) for placement in (old, new)]
+    return (held[1] & ~held[0]).sum(axis=(0, 2)).tolist()
+
+
+def _experts_of_rank(placement: Placement) -> np.ndarray:
+    """bool [L, R, E]."""
+    layers, slots = np.nonzero(placement.slots != EMPTY)
+    held = np.zeros((placement.num_layers, placement.num_ranks, placement.num_experts), dtype=bool)
+    held[layers, slots // placement.slots_per_rank, placement.slots[layers, slots]] = True
+    return held
