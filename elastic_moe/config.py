@@ -99,6 +99,7 @@ class EplbConfig:
     layers_per_chunk: int = _key(4, "layers that are swapped in at the same step at most")
     staging_mb: int = _key(64, "megabytes of experts that wait on a rank to be swapped in, one expert at least")
     mb_per_step: float = _key(8.0, "megabytes of experts that a rank sends or receives during one step, about")
+    link_gb_per_s: float = _key(1.0, "what a rank can receive, in gigabytes per second, to tell whether a move pays")
     initial_loads: str = _key(
         "", "JSON file of past loads (GET /elastic/loads) for the placement at start; empty: none"
     )
@@ -112,7 +113,10 @@ class EplbConfig:
         _check(1 <= self.threshold < math.inf, "eplb.threshold", self.threshold, "must be 1 or more, and finite")
         for key in ("half_life_steps", "layers_per_chunk", "staging_mb"):
             _check(getattr(self, key) >= 1, f"eplb.{key}", getattr(self, key), "must be 1 or more")
-        _check(0 < self.mb_per_step < math.inf, "eplb.mb_per_step", self.mb_per_step, "must be more than 0, and finite")
+        for key in ("mb_per_step", "link_gb_per_s"):
+            _check(
+                0 < getattr(self, key) < math.inf, f"eplb.{key}", getattr(self, key), "must be more than 0, and finite"
+            )
         path = self.initial_loads
         _check(not path or Path(path).is_file(), "eplb.initial_loads", path, "must be empty, or name a JSON file")
 

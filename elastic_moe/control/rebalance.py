@@ -47,6 +47,8 @@ class Decision(msgspec.Struct, frozen=True):
     max_mean_after: float = 0.0
     slots: bytes = b""
     """The placement to reach, int32 [L, P]; empty: the present one."""
+    failed: bool = False
+    """There is no plan, for a bug."""
 
 
 def decide(
@@ -177,7 +179,7 @@ class Round:
         start = registry.placement
         with self._phase("plan"):
             decision = self._agree(loads, asked)
-        outcome, reason, bound = "kept", decision.reason, 0
+        outcome, reason, bound = "failed" if decision.failed else "kept", decision.reason, 0
         if decision.slots:
             slots = np.frombuffer(decision.slots, dtype=np.int32).reshape(start.slots.shape)
             goal = Placement(slots, start.num_experts, start.slots_per_rank, start.version + 1, epoch)
@@ -206,23 +208,28 @@ class Round:
             },
             bytes_lower_bound=bound,
         )
-        log.log(logging.DEBUG if outcome == "kept" else logging.INFO, "rebalance: %s", report)
+        quiet = outcome == "kept" or self._rank != self._view.ranks[0]
+        log.log(logging.DEBUG if quiet else logging.INFO, "rebalance: %s", report)
         return report
 
     def _agree(self, loads: np.ndarray, asked: bool) -> Decision:
         """The first rank's decision, on every rank."""
         view, registry, said = self._view, self._registry, None
         if self._rank == view.ranks[0]:
-            decision = decide(
-                loads,
-                registry.placement,
-                view.ranks,
-                registry.topology,
-                self._config,
-                self._store.expert_bytes,
-                asked=asked,
-                epoch=view.epoch,
-            )
+            try:
+                decision = decide(
+                    loads,
+                    registry.placement,
+                    view.ranks,
+                    registry.topology,
+                    self._config,
+                    self._store.expert_bytes,
+                    asked=asked,
+                    epoch=view.epoch,
+                )
+            except Exception as error:  # a plan is not worth a rank, least of all one after the other
+                log.exception("the balancer failed; the placement stays as it is")
+                decision = Decision(f"the balancer failed: {error}", failed=True)
             said = msgspec.msgpack.encode(decision)
         return msgspec.msgpack.decode(self._group.broadcast(said), type=Decision)
 
