@@ -1,7 +1,9 @@
 """The engine process: one rank's model, its requests, and the loop that keeps all ranks in step."""
 
 import argparse
+import contextlib
 import logging
+import math
 import os
 import queue
 import sys
@@ -14,7 +16,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColu
 from transformers import PreTrainedModel
 
 from elastic_moe.config import ModelConfig
-from elastic_moe.errors import ElasticError, NotEnoughSlots, PeerLost
+from elastic_moe.errors import ElasticError, NotEnoughSlots, PeerLost, TransferFailed
 from elastic_moe.integrations.transformers import LoadTimer, elasticize, meta_model
 from elastic_moe.membership.channel import Beat, Channel, EngineStart, Ready, Refused, ViewChanged
 from elastic_moe.membership.launch import host_of
@@ -26,6 +28,9 @@ from elastic_moe.serving.mailbox import Mailbox
 from elastic_moe.serving.protocol import Cancel, Event, Status, Submit, Tokens
 
 log = logging.getLogger("elastic_moe.engine")
+
+SOURCES_AGAIN_S = 5.0
+"""An expert that can be had from no source now is asked for again after this long."""
 
 
 class Engine:
@@ -101,7 +106,6 @@ class Engine:
 
         Raises:
             PeerLost: no agreement with anybody within a minute.
-            TransferFailed: an expert can be had from no source.
         """
         if self._seat.rejoin is not None:
             self._recover("joining")
@@ -139,17 +143,23 @@ class Engine:
             try:
                 report = self.runtime.recover(reason)
                 break
-            except NotEnoughSlots as error:
+            except (NotEnoughSlots, TransferFailed) as error:
                 self._phase, self._reason = "unavailable", str(error)
                 log.error("%s; waiting for a rank to join", error)  # noqa: TRY400 - expected, and told in one line
                 self._mailbox.announce()
-                while not self.runtime.change_is_wanted:
-                    self._take(self._mailbox.inbox.get())
-                reason = "the group changes again"
+                self._wait_for_change(math.inf if isinstance(error, NotEnoughSlots) else SOURCES_AGAIN_S)
+                reason = "the group changes, or tries again"
         self._handshakes = self._woken_for = 0
         self._asleep = False
         self._serving()
         self._mailbox.send(Event(self.runtime.rank, report))
+
+    def _wait_for_change(self, at_most_s: float) -> None:
+        """Take mail until the group changes or the time is over."""
+        end = time.monotonic() + at_most_s
+        while not self.runtime.change_is_wanted and (left := end - time.monotonic()) > 0:
+            with contextlib.suppress(queue.Empty):
+                self._take(self._mailbox.inbox.get(timeout=min(left, SOURCES_AGAIN_S)))
 
     def _serving(self) -> None:
         self._phase, self._reason = "serving", ""

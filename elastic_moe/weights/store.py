@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from elastic_moe.errors import CheckpointError, TransferFailed
+from elastic_moe.errors import CheckpointError, DigestMismatch, TransferFailed
 from elastic_moe.experts.slots import SlotExperts
 from elastic_moe.placement.placement import EMPTY
 from elastic_moe.weights.digest import digest
@@ -97,14 +97,28 @@ class ExpertStore:
         """Fill a vacated slot from the checkpoint, verified.
 
         Raises:
-            TransferFailed: there is no checkpoint, it cannot be read, or its bytes have another digest.
+            TransferFailed: there is no checkpoint, or it cannot be read; `DigestMismatch`: its bytes are not those of
+                the group.
         """
+        self._read_into(layer, expert, self.tensors(layer, slot))
+        if not self.accept(layer, slot, expert):
+            where = f"layer {layer} expert {expert}"
+            raise DigestMismatch(f"{where}: no live copy, and the checkpoint's bytes have another digest than at start")
+
+    def read_aside(self, layer: int, expert: int) -> Sequence[torch.Tensor] | None:
+        """An expert from the checkpoint into new tensors, for another rank; None when it is not to be had right."""
+        tensors = [torch.empty_like(tensor) for tensor in self.tensors(layer, 0)]
+        try:
+            self._read_into(layer, expert, tensors)
+        except TransferFailed:
+            return None
+        return tensors if self.digests[layer, expert] in (UNKNOWN, digest(tensors)) else None
+
+    def _read_into(self, layer: int, expert: int, out: Sequence[torch.Tensor]) -> None:
         where = f"layer {layer} expert {expert}"
         if self._read is None:
             raise TransferFailed(f"{where}: no live copy, and no checkpoint to read it from")
         try:
-            self._read(layer, expert, self.tensors(layer, slot))
+            self._read(layer, expert, out)
         except (CheckpointError, OSError) as error:
             raise TransferFailed(f"{where}: no live copy, and the checkpoint failed: {error}") from error
-        if not self.accept(layer, slot, expert):
-            raise TransferFailed(f"{where}: no live copy, and the checkpoint's bytes have another digest than at start")
