@@ -42,6 +42,7 @@ from elastic_moe.runtime import ElasticRuntime
 from elastic_moe.weights import peers
 from elastic_moe.weights.checkpoint import CheckpointReader
 from elastic_moe.weights.digest import digest
+from elastic_moe.weights.store import ExpertStore
 
 STEPS = 5
 WORLD = 4
@@ -74,8 +75,9 @@ POINTS: Mapping[str, tuple[Any, str]] = {
 }
 """Where a rank can die: at the call of these; besides `between` (after a forward) and `vote`."""
 
-LIES = ("gives wrong weights", "loads wrong bytes")
-"""What a rank can do instead of dying, as the `point` of a `Death`: to newcomers, from disk at its start."""
+LIES = ("gives wrong weights", "loads wrong bytes", "has a bad disk")
+"""What a rank can do instead of dying, as the `point` of a `Death`: to newcomers, from disk at its start, from disk
+later."""
 
 
 def die() -> None:
@@ -126,6 +128,14 @@ def lie(how: str) -> None:
     if how == "gives wrong weights":
         right = peers._bytes_of
         peers._bytes_of = lambda tensor: right(flip(tensor.clone()))
+    elif how == "has a bad disk":
+        read_into = ExpertStore._read_into
+
+        def read_into_wrong(self: ExpertStore, layer: int, expert: int, out: Sequence[torch.Tensor]) -> None:
+            read_into(self, layer, expert, out)
+            flip(out[0])
+
+        ExpertStore._read_into = read_into_wrong
     else:
         read = CheckpointReader.read_expert
 

@@ -81,6 +81,18 @@ def test_a_newcomer_with_wrong_weights_does_not_use_them(tmp_path: Path, checkpo
     assert "experts brought along have wrong digests" in (tmp_path / "log-3").read_text()
 
 
+@pytest.mark.parametrize("bad", [(0,), (0, 1)])
+def test_what_one_disk_has_wrong_is_read_from_another(
+    tmp_path: Path, checkpoint: Path, reference, bad: tuple[int, ...]
+):
+    logits, ends = run_cluster(tmp_path, checkpoint, [FIRST, *(Death(rank, "has a bad disk") for rank in bad)], 0)
+    check(logits, ends, reference)
+    for rank in range(3):
+        said = (tmp_path / f"log-{rank}").read_text()
+        assert ("another digest than at start; asking the other ranks" in said) == (rank in bad)
+        assert "attempts=1" in said
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_hundred_deaths_leave_nothing_behind(tmp_path: Path, checkpoint: Path, reference):
