@@ -7,7 +7,6 @@ import math
 import os
 import queue
 import sys
-import threading
 import time
 
 import psutil
@@ -15,6 +14,7 @@ import torch
 from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
 from transformers import PreTrainedModel
 
+from elastic_moe.background import end_process, start_thread
 from elastic_moe.config import ModelConfig
 from elastic_moe.errors import ElasticError, NotEnoughSlots, PeerLost, TransferFailed
 from elastic_moe.integrations.transformers import LoadTimer, elasticize, meta_model
@@ -60,10 +60,10 @@ class Engine:
         self.runtime = self._join(device)
         self.runtime.on_change = lambda: self._mailbox.inbox.put(None)
         self.runtime.signals.on(Wake, self._be_woken)
-        self._mailbox.start()
+        self._mailbox.start(self.runtime.fail)
         self._model = self._load(model)
         self._batcher = Batcher(self._model, config.serving, eos_token_ids(self._model), self._deliver)
-        threading.Thread(target=self._beat, name="beat", daemon=True).start()
+        start_thread("beat", self._beat, on_error=self.runtime.fail)
 
     def _join(self, device: torch.device) -> ElasticRuntime:
         elastic = self._config.elastic
@@ -281,12 +281,14 @@ def main() -> None:
     )
     for name in ("ContinuousBatchingLogger", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    threading.Thread(target=die_with_supervisor, args=(channel,), daemon=True).start()
+    start_thread("supervisor", die_with_supervisor, channel, on_error=end_process)
     try:
         _serve(start, channel)
     except ElasticError as error:
         log.error("%s", error)  # noqa: TRY400 - expected, and told in one line
-        os._exit(1)
+    except Exception:
+        log.exception("this rank ends")
+    end_process()
 
 
 def _serve(start: EngineStart, channel: Channel) -> None:
