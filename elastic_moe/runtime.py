@@ -7,6 +7,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from elastic_moe.background import Latch
 from elastic_moe.config import EplbConfig
 from elastic_moe.control import lockstep
 from elastic_moe.control.hooks import Hooks
@@ -91,10 +92,11 @@ class ElasticRuntime:
         self.layers: Sequence[IdleLayer] = []
         """The ElasticMoELayer modules in their order; `elasticize` sets it."""
         self.signals = seat.signals
+        self._latch = Latch()
         self._exchange_timeout_s = exchange_timeout_s
         self._grow_slots = grow_slots
         self._eplb = eplb or EplbConfig()
-        self._membership = Membership(seat.member, lighthouses or view.lighthouses)
+        self._membership = Membership(seat.member, lighthouses or view.lighthouses, self.fail)
         self._epoch = CurrentEpoch(seat.member, view, seat.signals, self._membership, lambda: self.on_change())
         self._registry: PlacementRegistry | None = None
         self._exchange: TokenExchange | None = None
@@ -103,7 +105,7 @@ class ElasticRuntime:
         self._store: ExpertStore | None = None
         self._weight_server: WeightServer | None = None
         self._supervised: Supervised | None = None
-        self._epoch.listen(silence_timeout_s)
+        self._epoch.listen(silence_timeout_s, self.fail)
         if view.has(self.rank, seat.member.incarnation):
             self._epoch.enter(view, EpochGroups(view, self.rank, device, exchange_timeout_s).build())
             self._membership.start()
@@ -253,14 +255,16 @@ class ElasticRuntime:
     def give_weights(self, dense: Mapping[str, torch.Tensor]) -> None:
         """Offer the experts held here, and these dense tensors by their names in the state dict, to newcomers."""
         if self._weight_server is not None:
-            self._weight_server.start(dense, self.store)
+            self._weight_server.start(dense, self.store, self.fail)
 
     def agree(self, *flags: int) -> list[int]:
         """The largest value of each flag over all ranks. Collective; every rank gives as many flags.
 
         Raises:
             PeerLost: a peer died, left, or missed the deadline; or all leave now to take a process in.
+            RuntimeError: a background thread of this rank died.
         """
+        self._latch.check()
         self.handshakes += 1
         if self._rebalancer is not None:
             self._rebalancer.enter_step(self.handshakes)
@@ -335,7 +339,9 @@ class ElasticRuntime:
         Raises:
             NotEnoughSlots, TransferFailed: the experts cannot be restored (now).
             PeerLost: no agreement within a minute.
+            RuntimeError: a background thread of this rank died.
         """
+        self._latch.check()
         log.info("leaving epoch %d: %s", self.epoch, reason)
         self._epoch.leave(self.view)
         self.rebalancer.end_epoch()
@@ -358,6 +364,13 @@ class ElasticRuntime:
         log.info("recovered: %s", report)
         self._hooks.call(self.rank, self.view, placement, report)
         return report
+
+    def fail(self, error: BaseException) -> None:
+        """A thread of this rank has died of `error`: the call in flight breaks off, and the next one here raises. From
+        any thread."""
+        self._latch.set(error)
+        self._epoch.abort(self.epoch)
+        self.on_change()
 
     def close(self) -> None:
         """Leave for good. Peers still inside a call get `PeerLost`."""

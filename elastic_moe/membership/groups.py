@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from elastic_moe.background import end_process, start_thread
 from elastic_moe.errors import PeerLost
 from elastic_moe.membership.connections import Connections, listening_ports
 from elastic_moe.membership.view import View
@@ -155,7 +156,7 @@ class Group:
             self._aborted = True
         if self.size > 1:
             self._abort(self._backend)
-            threading.Thread(target=_bury, args=(self._backend,), name="bury", daemon=True).start()
+            start_thread("bury", _bury, self._backend, on_error=end_process)
 
     def _refuse_if_aborted(self) -> None:
         if self._aborted:
@@ -270,7 +271,7 @@ class EpochGroups:
         Raises:
             PeerLost: a member did not come in time, or `abort` was called.
         """
-        threading.Thread(target=self._connect, name="groups", daemon=True).start()
+        start_thread("groups", self._connect, on_error=self._built.set_exception)
         try:
             self.control, self.data = self._built.result(BUILD_TIMEOUT_S)
         except FutureTimeout:
@@ -281,7 +282,9 @@ class EpochGroups:
     @property
     def waiting(self) -> bool:
         """Whether a call is in flight in either group, or they are being built."""
-        return not self._built.done() or self.control.waiting or self.data.waiting
+        if not self._built.done():
+            return True
+        return self._built.exception() is None and any(group.waiting for group in self._built.result())
 
     def open(self, name: str, timeout_s: float) -> Group:
         """One more gloo group of all members, on the CPU, with a deadline of its own. Collective; waits for all.
