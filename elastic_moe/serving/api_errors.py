@@ -9,7 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from elastic_moe.errors import ElasticError
-from elastic_moe.serving.gateway import GenerationFailed, Stopping, TooManyRequests
+from elastic_moe.serving.gateway import GenerationFailed, Stopping, TooManyRequests, Unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,8 @@ def api_error(error: Exception) -> ApiError:
             return ApiError(HTTPStatus.TOO_MANY_REQUESTS, str(error), code="rate_limit_exceeded")
         case Stopping():
             return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, str(error), code="server_stopping")
+        case Unavailable():
+            return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, str(error), code="unavailable")
         case GenerationFailed():
             return ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, str(error), code="generation_failed")
         case _:
