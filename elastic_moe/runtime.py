@@ -226,6 +226,7 @@ class ElasticRuntime:
             steps=lambda: self.steps,
             wake=lambda: self.on_change(),
             committed=self._hooks.call_placement_changed,
+            on_error=self.fail,
         )
         self._use_groups()
         return placement

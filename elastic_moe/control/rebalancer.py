@@ -7,10 +7,12 @@ from collections.abc import Callable
 
 import numpy as np
 
+from elastic_moe.background import OnError, start_thread
 from elastic_moe.config import EplbConfig
 from elastic_moe.control.rebalance import Round
 from elastic_moe.control.report import RebalanceReport
 from elastic_moe.control.step_gate import StepGate
+from elastic_moe.errors import PeerLost
 from elastic_moe.membership.groups import EpochGroups, Group
 from elastic_moe.membership.step_barrier import StepBarrier
 from elastic_moe.membership.view import View
@@ -40,6 +42,7 @@ class Rebalancer:
         *,
         wake: Callable[[], None],
         committed: Callable[[Placement], None],
+        on_error: OnError,
     ) -> None:
         """
         Args:
@@ -50,6 +53,7 @@ class Rebalancer:
             steps: how many steps this rank has taken in all.
             wake: makes a step loop that sleeps look at `wants_steps` and `reports`; from any thread.
             committed: called in the step loop with every placement that a round commits.
+            on_error: told if a thread dies of a bug.
         """
         self.config = config
         self.rank = rank
@@ -58,6 +62,7 @@ class Rebalancer:
         self._steps = steps
         self.wake = wake
         self._committed = committed
+        self.on_error = on_error
         placement = registry.placement
         self._window = LoadWindow(placement.num_layers, placement.num_experts, config.half_life_steps)
         self._lock = threading.Lock()
@@ -100,7 +105,6 @@ class Rebalancer:
 
         Raises:
             PeerLost: a peer was lost in the background.
-            Exception: whatever else went wrong in the background: a bug.
         """
         session = self._session
         if session is not None:
@@ -150,24 +154,24 @@ class Rebalancer:
 
 
 class _Session:
-    """The thread of one epoch. It ends with the epoch's groups; an error is kept for the step loop."""
+    """The thread of one epoch. It ends with the epoch's groups; a lost peer is kept for the step loop."""
 
     def __init__(
         self, owner: Rebalancer, view: View, groups: EpochGroups, store: ExpertStore, *, changed: bool
     ) -> None:
         self.gate = StepGate(owner.wake)
-        self.error: Exception | None = None
+        self.error: PeerLost | None = None
         self._owner = owner
         self._view = view
         self._groups = groups
         self._store = store
         self._changed = changed
-        threading.Thread(target=self._run, name="rebalance", daemon=True).start()
+        start_thread("rebalance", self._run, on_error=owner.on_error)
 
     def _run(self) -> None:
         try:
             self._serve()
-        except Exception as error:  # noqa: BLE001 - kept: the step loop raises it
+        except PeerLost as error:
             self.error = error
             self._owner.wake()
 
