@@ -137,9 +137,8 @@ def _cover(layer: Layer) -> int:
     It is the one for which the heaviest load among the ranks that it concerns is least.
     """
     moves = 0
-    for expert in np.argsort(-layer.weight, kind="mergesort"):
-        if layer.copies[expert]:
-            continue
+    lost = np.flatnonzero(layer.copies == 0)
+    for expert in lost[np.argsort(-layer.weight[lost], kind="mergesort")]:
         best, least, best_slot = NONE, 0, NONE
         for rank in range(len(layer.room)):
             if layer.home[expert] != layer.domain[rank]:
