@@ -225,7 +225,7 @@ def _best_swap(layer: Layer, heavy: int, spread: bool, best: _Step) -> _Step:
         layer.domain,
     )
     num_nodes = on_node.shape[1]
-    has_new = np.zeros(len(load), np.int64)
+    has_new = np.zeros(len(load), np.int64)  # whether a rank has an expert that it could give back at no move
     for rank in range(len(load)):
         for slot in range(room[rank]):
             if slots[rank, slot] != NONE and not held[slots[rank, slot], rank]:
