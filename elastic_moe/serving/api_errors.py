@@ -10,7 +10,6 @@ from starlette.exceptions import HTTPException
 
 from elastic_moe.errors import ElasticError
 from elastic_moe.serving.balance_desk import BalancerOff
-from elastic_moe.serving.gateway import GenerationFailed, Stopping, TooManyRequests
 from elastic_moe.serving.gateway import GenerationFailed, Stopping, TooManyRequests, Unavailable
 
 logger = logging.getLogger(__name__)
