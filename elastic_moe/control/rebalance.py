@@ -297,6 +297,8 @@ class Round:
         for move, tensors in staged.items():
             store.install(move.layer, move.target % width, move.expert, tensors)
         self._registry.commit(placement, tables)
+        if staged and store.tensors(0, 0)[0].is_cuda:
+            torch.cuda.current_stream().synchronize()  # the model may run on another stream
         self._committed(placement)
 
     @contextmanager
