@@ -31,6 +31,7 @@ from elastic_moe.placement.loads import LoadCounter, read_loads
 from elastic_moe.placement.placement import Placement, fewest_slots, initial_placement
 from elastic_moe.placement.registry import PlacementRegistry
 from elastic_moe.placement.topology import Topology
+from elastic_moe.transport.staging import GroupStaging
 from elastic_moe.weights.peers import Peers, WeightServer
 from elastic_moe.weights.store import ExpertStore, ReadExpert
 
@@ -224,6 +225,7 @@ class ElasticRuntime:
             self._registry,
             self._load_counter,
             steps=lambda: self.steps,
+            staging=GroupStaging(),
             wake=lambda: self.on_change(),
             committed=self._hooks.call_placement_changed,
             on_error=self.fail,
