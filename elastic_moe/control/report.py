@@ -52,3 +52,5 @@ class RebalanceReport(msgspec.Struct, tag="rebalance", frozen=True):
     bytes_by_source: dict[str, int] = {}
     bytes_lower_bound: int = 0
     """Bytes of the experts that came to ranks which did not hold them."""
+    ended_at: float = 0.0
+    """Wall-clock (Unix) time."""
