@@ -210,6 +210,7 @@ class Round:
                 SOURCES[distance]: count * self._store.expert_bytes for distance, count in self._moves.items() if count
             },
             bytes_lower_bound=bound,
+            ended_at=time.time(),
         )
         quiet = outcome == "kept" or self._rank != self._view.ranks[0]
         log.log(logging.DEBUG if quiet else logging.INFO, "rebalance: %s", report)
