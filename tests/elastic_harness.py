@@ -45,6 +45,9 @@ from elastic_moe.weights.digest import digest
 from elastic_moe.weights.store import ExpertStore
 
 STEPS = 5
+RESPAWN_S = 0.75
+"""From a death to the next life: survivors recover first, as with a real supervisor. At the start of a launch they wait
+`quorum.SETTLE_S` before they ask."""
 WORLD = 4
 DEADLINE_S = 60.0
 
@@ -171,7 +174,12 @@ def wanted(checkpoint: Path) -> dict[tuple[int, int], torch.Tensor]:
 
 
 def run_cluster(
-    folder: Path, checkpoint: Path, deaths: Sequence[Death], redundant_slots: int = 0, deadline_s: float = DEADLINE_S
+    folder: Path,
+    checkpoint: Path,
+    deaths: Sequence[Death],
+    redundant_slots: int = 0,
+    deadline_s: float = DEADLINE_S,
+    respawn_s: float = RESPAWN_S,
 ) -> tuple[dict[tuple[int, int], torch.Tensor], list[dict[str, Any]]]:
     """Run the work on `WORLD` ranks that die as told, each started again. The logits, and each rank's last word."""
     lighthouse = LighthouseServer(
@@ -183,7 +191,7 @@ def run_cluster(
     )
     url = f"http://127.0.0.1:{lighthouse.address().rsplit(':', 1)[1]}"
     try:
-        return _Seats(folder, checkpoint, deaths, redundant_slots, url).run(deadline_s)
+        return _Seats(folder, checkpoint, deaths, redundant_slots, url, respawn_s).run(deadline_s)
     finally:
         lighthouse.shutdown()
 
@@ -192,9 +200,16 @@ class _Seats:
     """The supervisors of all ranks in one."""
 
     def __init__(
-        self, folder: Path, checkpoint: Path, deaths: Sequence[Death], redundant_slots: int, lighthouse: str
+        self,
+        folder: Path,
+        checkpoint: Path,
+        deaths: Sequence[Death],
+        redundant_slots: int,
+        lighthouse: str,
+        respawn_s: float,
     ) -> None:
-        self._folder, self._lighthouse = folder, lighthouse
+        self._folder, self._lighthouse, self._respawn_s = folder, lighthouse, respawn_s
+        self._due: dict[int, float] = {}
         self._args = (folder, checkpoint, tuple(deaths), redundant_slots)
         self._deaths = sum(death.point not in LIES for death in deaths)
         self._context = multiprocessing.get_context("forkserver")
@@ -208,14 +223,18 @@ class _Seats:
     def run(self, deadline_s: float) -> tuple[dict[tuple[int, int], torch.Tensor], list[dict[str, Any]]]:
         deadline, over = time.monotonic() + deadline_s, set()
         while len(over) < WORLD and time.monotonic() < deadline:
-            ended = wait([p.sentinel for r, p in enumerate(self._processes) if r not in over], timeout=0.2)
-            for rank, process in enumerate(self._processes):
-                if process.sentinel in ended:
-                    process.join()
-                    if process.exitcode == -signal.SIGKILL and sum(self._lives) < self._deaths:
-                        self._replace(rank)
-                    else:
-                        over.add(rank)
+            alive = {p.sentinel: r for r, p in enumerate(self._processes) if r not in over and r not in self._due}
+            for rank in [alive[sentinel] for sentinel in wait(list(alive), timeout=0.05)]:  # pyright: ignore[reportArgumentType]
+                process = self._processes[rank]
+                process.join()
+                if process.exitcode == -signal.SIGKILL and sum(self._lives) + len(self._due) < self._deaths:
+                    self._announce(rank)
+                    self._due[rank] = time.monotonic() + self._respawn_s
+                else:
+                    over.add(rank)
+            for rank in [r for r, due in self._due.items() if due <= time.monotonic()]:
+                del self._due[rank]
+                self._replace(rank)
         codes = [process.exitcode for process in self._processes]
         for process in self._processes:
             if process.exitcode is None:
@@ -238,15 +257,21 @@ class _Seats:
         process.start()
         return process
 
-    def _replace(self, rank: int) -> None:
+    def _views(self) -> list[View]:
+        """Those that the ranks have told, oldest first."""
         views = [msgspec.json.decode(path.read_bytes(), type=View) for path in self._folder.glob("view-*")]
-        view = max(views, key=lambda view: view.epoch)
+        return sorted(views, key=lambda view: view.epoch)
+
+    def _announce(self, rank: int) -> None:
+        views = self._views()
         for known in views:  # a process that died before it told its view is in somebody's
             for dead in [m for m in known.members if m.rank == rank]:
-                others = [m.signals for m in view.members if m.rank != rank]
+                others = [m.signals for m in views[-1].members if m.rank != rank]
                 self._mouth.tell(others, PeerDied(dead.rank, dead.incarnation))
+
+    def _replace(self, rank: int) -> None:
         self._lives[rank] += 1
-        self._processes[rank] = self._start(rank, view)
+        self._processes[rank] = self._start(rank, self._views()[-1])
 
 
 def _free_port() -> int:

@@ -97,7 +97,7 @@ def test_what_one_disk_has_wrong_is_read_from_another(
 @pytest.mark.timeout(900)
 def test_a_hundred_deaths_leave_nothing_behind(tmp_path: Path, checkpoint: Path, reference):
     deaths = [Death(1, "dispatch", nth=2, life=life) for life in range(100)]
-    logits, ends = run_cluster(tmp_path, checkpoint, deaths, deadline_s=800)
+    logits, ends = run_cluster(tmp_path, checkpoint, deaths, deadline_s=800, respawn_s=0.0)
     check(logits, ends, reference)
     for rank in (0, 2, 3):
         usage = np.array(ends[rank]["usage"])
