@@ -7,7 +7,6 @@ a tiny model, each on tokens of its own, each result to a file, so that a rank t
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +32,7 @@ from elastic_moe.integrations.transformers import elasticize, meta_model
 from elastic_moe.membership.channel import SeatStart
 from elastic_moe.membership.groups import EpochGroups, Group
 from elastic_moe.membership.launch import Launch
+from elastic_moe.membership.ports import lasting_port
 from elastic_moe.membership.quorum import HEARTBEAT_TIMEOUT_MS, JOIN_TIMEOUT_MS, TICK_MS, Membership
 from elastic_moe.membership.signals import Mouth, PeerDied
 from elastic_moe.membership.view import View
@@ -215,7 +215,7 @@ class _Seats:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([*PRELOAD, "elastic_harness"])
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        self._ports = [_free_port() for _ in range(WORLD)]
+        self._ports = [lasting_port("127.0.0.1") for _ in range(WORLD)]
         self._lives = [0] * WORLD
         self._processes = [self._start(rank, None) for rank in range(WORLD)]
         self._mouth = Mouth()
@@ -272,11 +272,6 @@ class _Seats:
     def _replace(self, rank: int) -> None:
         self._lives[rank] += 1
         self._processes[rank] = self._start(rank, self._views()[-1])
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
 
 
 def _path(folder: Path, rank: int, step: int) -> Path:
