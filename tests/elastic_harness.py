@@ -78,6 +78,9 @@ POINTS: Mapping[str, tuple[Any, str]] = {
 }
 """Where a rank can die: at the call of these; besides `between` (after a forward) and `vote`."""
 
+BUG = "bug in a thread"
+"""Another `point`: the thread that gives weights to newcomers raises, and the rank is to end by itself."""
+
 LIES = ("gives wrong weights", "loads wrong bytes", "has a bad disk")
 """What a rank can do instead of dying, as the `point` of a `Death`: to newcomers, from disk at its start, from disk
 later."""
@@ -110,6 +113,8 @@ def set_trap(death: Death) -> None:
             return phase(self, which)
 
         Recovery._phase = wrapped_phase  # pyright: ignore[reportAttributeAccessIssue]
+    elif death.point == BUG:
+        peers._copy_of = lambda *_: 1 // 0  # pyright: ignore[reportAttributeAccessIssue]
     elif death.point != "between":
         owner, name = POINTS[death.point]
         original = getattr(owner, name)
@@ -227,7 +232,7 @@ class _Seats:
             for rank in [alive[sentinel] for sentinel in wait(list(alive), timeout=0.05)]:  # pyright: ignore[reportArgumentType]
                 process = self._processes[rank]
                 process.join()
-                if process.exitcode == -signal.SIGKILL and sum(self._lives) + len(self._due) < self._deaths:
+                if self._was_to_die(rank, process.exitcode) and sum(self._lives) + len(self._due) < self._deaths:
                     self._announce(rank)
                     self._due[rank] = time.monotonic() + self._respawn_s
                 else:
@@ -256,6 +261,10 @@ class _Seats:
         process.daemon = True
         process.start()
         return process
+
+    def _was_to_die(self, rank: int, code: int | None) -> bool:
+        by_bug = any((d.rank, d.life, d.point) == (rank, self._lives[rank], BUG) for d in self._args[2])
+        return code == -signal.SIGKILL or (by_bug and code != 0)
 
     def _views(self) -> list[View]:
         """Those that the ranks have told, oldest first."""

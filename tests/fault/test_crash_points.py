@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from elastic_harness import STEPS, WORLD, Death, make_checkpoint, run_cluster, wanted
+from elastic_harness import BUG, STEPS, WORLD, Death, make_checkpoint, run_cluster, wanted
 
 FIRST = Death(3, "combine", nth=5)
 """The loss in whose recovery others die. Rank 0 then leads (its store is used), and each of 0 to 2 is a source or a
@@ -79,6 +79,15 @@ def test_a_newcomer_with_wrong_weights_does_not_use_them(tmp_path: Path, checkpo
     logits, ends = run_cluster(tmp_path, checkpoint, [FIRST, *lies, Death(3, "loads wrong bytes", life=1)], 0)
     check(logits, ends, reference)
     assert "experts brought along have wrong digests" in (tmp_path / "log-3").read_text()
+
+
+def test_a_rank_whose_thread_has_died_ends_and_is_replaced(tmp_path: Path, checkpoint: Path, reference):
+    """The newcomer asks it for weights; nobody is left with half a rank."""
+    logits, ends = run_cluster(tmp_path, checkpoint, [FIRST, Death(1, BUG)], 0)
+    check(logits, ends, reference)
+    said = (tmp_path / "log-1").read_text()
+    assert "thread weights died" in said
+    assert "RuntimeError: a background thread of this rank died: ZeroDivisionError" in said
 
 
 @pytest.mark.parametrize("bad", [(0,), (0, 1)])
