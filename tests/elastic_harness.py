@@ -315,7 +315,7 @@ def _work(
     process, usage = psutil.Process(), []
 
     def tell(view: View) -> None:
-        usage.append((process.memory_info().rss, process.num_fds(), process.num_threads()))
+        usage.append((time.monotonic(), process.memory_info().rss, process.num_fds(), process.num_threads()))
         _write(folder / f"view-{rank}", lambda part: part.write_bytes(msgspec.json.encode(view)))
 
     if seat.rejoin is None:
