@@ -6,8 +6,8 @@ release before) and waiting until all of them have told the same (an acquire). W
 ranks that share a GPU cannot starve each other, and no launch must be resident as a whole.
 
 A peer that does not tell in time sets its bit in ERROR, and from then on, until the next epoch, no kernel sends, tells
-or waits. Whatever a branch with a barrier inside depends on is read where nobody can change it, or goes through an
-atomic of one thread, so all warps see the same.
+or waits. Whatever a branch with a barrier inside depends on is read where nobody can change it, or is agreed on by all
+warps first.
 """
 
 # pyright: reportMissingImports=false
@@ -21,8 +21,10 @@ PATIENCE_NS = 2
 ALIVE = 3
 ERROR = 4
 FINISHED = 5
-STATE_SIZE = 6
-"""Fields of the state, int64, local to the rank. ALIVE and ERROR have a bit for each seat."""
+ABORT = 6
+STATE_SIZE = 7
+"""Fields of the state, int64, local to the rank. ALIVE and ERROR have a bit for each seat. ABORT is the address of an
+int64 in host memory: like the fence, epochs below it are over."""
 
 OVERFLOW = 1 << 40
 LEFT = 1 << 41
@@ -34,6 +36,7 @@ _PATIENCE_NS = tl.constexpr(PATIENCE_NS)
 _ALIVE = tl.constexpr(ALIVE)
 _ERROR = tl.constexpr(ERROR)
 _FINISHED = tl.constexpr(FINISHED)
+_ABORT = tl.constexpr(ABORT)
 _LEFT = tl.constexpr(LEFT)
 
 
@@ -104,22 +107,31 @@ def _missing(addresses, live, value, SEATS_PAD: tl.constexpr):
 
 @triton.jit
 def wait(state_ptr, buffer_ptr, at_flags, live, value, SEATS_PAD: tl.constexpr):
-    """Wait for the flags of the live peers, at most PATIENCE_NS, or until the fence says that the epoch is over.
+    """Wait for the flags of the live peers, at most PATIENCE_NS, or until somebody says that the epoch is over: a peer
+    at the fence, or this process at its ABORT word, which is in host memory and looked at less often.
 
-    Returns ERROR, the same in all warps: they leave the loop on their own, then one thread's word counts.
+    Returns ERROR, the same in all warps: they leave the loop on their own, then the worst of them counts.
     """
     epoch = tl.load(state_ptr + _EPOCH)
     patience = tl.load(state_ptr + _PATIENCE_NS)
+    word = tl.load(state_ptr + _ABORT)
     fence = buffer_ptr.to(tl.int64)
     addresses = fence + at_flags + tl.arange(0, SEATS_PAD) * 8
     start = _nanoseconds()
-    missing = _missing(addresses, live, value, SEATS_PAD)
+    turns = 0
     over = (acquire(fence) > epoch) & (live != 0)
+    missing = _missing(addresses, live, value, SEATS_PAD)
     going = (missing != 0) & (over == 0)
     while going:
+        turns += 1
+        over = acquire(fence) > epoch
+        if turns % 64 == 0:
+            over = over | (acquire(word) > epoch)
         missing = _missing(addresses, live, value, SEATS_PAD)
-        over = (acquire(fence) > epoch) & (live != 0)
         going = (missing != 0) & (over == 0) & (_nanoseconds() - start < patience)
-    tl.atomic_or(state_ptr + _ERROR, tl.where(over, _LEFT, missing))
+    lost = tl.max(tl.zeros((1024,), tl.int64) + tl.where(over, _LEFT, missing), 0)  # over all warps
+    error = tl.load(state_ptr + _ERROR) | lost
+    if lost != 0:
+        tl.store(state_ptr + _ERROR, error)
     tl.debug_barrier()
-    return tl.atomic_or(state_ptr + _ERROR, 0)
+    return error

@@ -5,7 +5,6 @@ joins, for all that changes then (who is alive, where a newcomer's buffer is) is
 place. Not differentiable.
 """
 
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ from elastic_moe.errors import PeerLost
 from elastic_moe.exchange import symmetric_kernels
 from elastic_moe.exchange.interface import Dispatched, TokenExchange
 from elastic_moe.exchange.layout import ExchangeLayout, power_of_2
-from elastic_moe.exchange.signal_kernels import ALIVE, EPOCH, ERROR, LEFT, OVERFLOW, PATIENCE_NS, STATE_SIZE
+from elastic_moe.exchange.signal_kernels import ABORT, ALIVE, EPOCH, ERROR, LEFT, OVERFLOW, PATIENCE_NS, STATE_SIZE
 from elastic_moe.membership.view import View
 from elastic_moe.transport.peer_memory import PeerMemory
 
@@ -83,7 +82,6 @@ class SymmetricExchange(TokenExchange):
         self._bound = layout.max_tokens
         self._epoch = -1
         self._memory = PeerMemory(_name(incarnation), rank, layout.num_seats, layout.num_bytes, device)
-        self._fence = self._memory.local[:8].view(torch.int64)
         self._state = torch.zeros(STATE_SIZE, dtype=torch.int64, device=device)
         seats = layout.seats_padded
         self._tokens = torch.zeros(seats, dtype=torch.int32, device=device)
@@ -91,8 +89,7 @@ class SymmetricExchange(TokenExchange):
         origins = layout.max_rows(layout.max_tokens, layout.max_slots)
         self._origins = torch.zeros(origins, dtype=torch.int32, device=device)
         self._programs = PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
-        self._aside = torch.cuda.Stream(device)
-        self._lock = threading.Lock()
+        self._word = torch.zeros(1, dtype=torch.int64, pin_memory=True)
 
     def enter(self, view: View, slots_per_rank: int, barrier: Callable[[], None]) -> None:
         """Begin the epoch of `view`. Collective. When members only leave, nothing but tables is written.
@@ -127,6 +124,7 @@ class SymmetricExchange(TokenExchange):
         state[EPOCH] = view.epoch
         state[PATIENCE_NS] = int(self._timeout_s * 1e9)
         state[ALIVE] = sum(1 << rank for rank in view.ranks)
+        state[ABORT] = self._word.data_ptr()
         self._state.copy_(torch.tensor(state))
         torch.cuda.synchronize(self._device)
         barrier()
@@ -177,12 +175,12 @@ class SymmetricExchange(TokenExchange):
             max_rows,
             self._rank,
             self._slots_per_rank,
-            MAX_TOKENS=layout.max_tokens,
-            MAX_SLOTS=layout.max_slots,
-            AT_FLAGS=layout.flags,
-            AT_COUNTS=layout.counts,
-            AT_CHOICES=layout.choices,
-            AT_ARRIVALS=layout.arrivals,
+            max_tokens=layout.max_tokens,
+            max_slots=layout.max_slots,
+            at_flags=layout.flags,
+            at_counts=layout.counts,
+            at_choices=layout.choices,
+            at_arrivals=layout.arrivals,
             SEATS=layout.num_seats,
             SLOTS_PAD=power_of_2(self._slots_per_rank),
             BINS=power_of_2(layout.num_seats * self._slots_per_rank + 1),
@@ -197,9 +195,9 @@ class SymmetricExchange(TokenExchange):
             self._tokens,
             rows,
             self._origins,
-            MAX_TOKENS=layout.max_tokens,
-            AT_CHOICES=layout.choices,
-            AT_ARRIVALS=layout.arrivals,
+            max_tokens=layout.max_tokens,
+            at_choices=layout.choices,
+            at_arrivals=layout.arrivals,
             SEATS=layout.num_seats,
             K_PAD=power_of_2(layout.top_k),
             FP8=self._fp8,
@@ -225,8 +223,8 @@ class SymmetricExchange(TokenExchange):
             num_tokens,
             self._rank,
             self._slots_per_rank,
-            AT_FLAGS=layout.flags,
-            AT_RESULTS=layout.results,
+            at_flags=layout.flags,
+            at_results=layout.results,
             CHUNK=CHUNK,
             **self._row_settings(),
         )
@@ -252,10 +250,11 @@ class SymmetricExchange(TokenExchange):
         raise PeerLost(f"{where} broke off: ranks {silent} missed the deadline of {self._timeout_s} s")
 
     def abort(self, epoch: int) -> None:
-        """Free whoever waits in `epoch`, here; calls of that epoch do nothing from then on. From any thread."""
-        with self._lock, torch.cuda.stream(self._aside):
-            self._fence.fill_(epoch + 1)
-            self._aside.synchronize()
+        """Free whoever waits in `epoch`, here; later waits of that epoch end at once. From any thread.
+
+        No call of CUDA is needed: another thread may be stuck in one behind the kernel that waits.
+        """
+        self._word[0] = max(int(self._word[0]), epoch + 1)
 
     def close(self) -> None:
         """Give the buffer back. Peers must have left the epoch, or count this rank as dead."""

@@ -78,19 +78,18 @@ def _send_choices(
     earlier = (slots[:, None] == slots[None, :]) & (lane[:, None] > lane[None, :])
     place = tl.gather(before, slots, 0) + tl.sum(earlier.to(tl.int32), 1)
     choice = ((slots % num_slots) << _COUNT_BITS) | place
-    for seat in range(SEATS):
-        if has(seat, live):
-            target = peer(table_ptr, seat, at_choices, True, tl.int32) + rank * max_pairs + pairs
-            tl.store(target, tl.where(slots // num_slots == seat, choice, -1), mask=pairs < num_pairs)
+    seats = tl.arange(0, SEATS_PAD)
+    told = has(seats, live)
+    targets = peer(table_ptr, seats, at_choices + rank * max_pairs * 4, told, tl.int32)[:, None] + pairs[None, :]
+    theirs = tl.where((slots // num_slots)[None, :] == seats[:, None], choice[None, :], -1)
+    tl.store(targets, theirs, mask=told[:, None] & (pairs < num_pairs)[None, :])
     if (chunk + 1) * CHUNK >= num_pairs:
         total = before + tl.histogram(slots, BINS)
         bins = tl.arange(0, BINS)
         owner = tl.minimum(bins // num_slots, SEATS - 1)
-        told = (bins < all_slots) & has(owner, live)
+        known = (bins < all_slots) & has(owner, live)
         row = at_counts + rank * (max_slots + 1) * 4
-        tl.store(peer(table_ptr, owner, row + bins % num_slots * 4, told, tl.int32), total, mask=told)
-        seats = tl.arange(0, SEATS_PAD)
-        told = has(seats, live)
+        tl.store(peer(table_ptr, owner, row + bins % num_slots * 4, known, tl.int32), total, mask=known)
         tl.store(peer(table_ptr, seats, row + max_slots * 4, told, tl.int32), num_tokens, mask=told)
 
 
@@ -173,13 +172,14 @@ def _order_rows(
     tl.store(begins_ptr + tl.arange(0, SLOTS_PAD * SEATS_PAD), ends - flat)
     of_slot = tl.max(tl.reshape(ends, (SLOTS_PAD, SEATS_PAD)), 1)
     fits = tl.max(of_slot, 0) <= max_rows
-    tl.atomic_or(state_ptr + _ERROR, tl.where(fits, tl.full((), 0, tl.int64), _OVERFLOW))
+    if not fits:
+        tl.store(state_ptr + _ERROR, error | _OVERFLOW)
     tl.store(offsets_ptr + slots, tl.where(fits, of_slot, 0), mask=slots < num_slots)
     num_tokens = tl.load(counts_ptr + seats * (max_slots + 1) + max_slots, mask=here, other=0)
     tl.store(tokens_ptr + seats, tl.where(fits, num_tokens, 0))
 
 
-@triton.jit(do_not_specialize=["num_tokens", "max_rows", "rank", "num_slots"])
+@triton.jit(do_not_specialize=["num_tokens", "max_rows", "rank", "num_slots", "max_tokens", "max_slots"])
 def dispatch_tokens(
     table_ptr,
     state_ptr,
@@ -193,12 +193,12 @@ def dispatch_tokens(
     max_rows,
     rank,
     num_slots,
-    MAX_TOKENS: tl.constexpr,
-    MAX_SLOTS: tl.constexpr,
-    AT_FLAGS: tl.constexpr,
-    AT_COUNTS: tl.constexpr,
-    AT_CHOICES: tl.constexpr,
-    AT_ARRIVALS: tl.constexpr,
+    max_tokens,
+    max_slots,
+    at_flags,
+    at_counts,
+    at_choices,
+    at_arrivals,
     TOP_K: tl.constexpr,
     K_PAD: tl.constexpr,
     SEATS: tl.constexpr,
@@ -222,37 +222,37 @@ def dispatch_tokens(
     # fmt: off
     if program < chunks:
         _send_choices(
-            table_ptr, slots_ptr, live, program, num_tokens, num_slots, rank, MAX_SLOTS, MAX_TOKENS * TOP_K,
-            AT_COUNTS, AT_CHOICES, TOP_K, SEATS, SEATS_PAD, BINS, CHUNK,
+            table_ptr, slots_ptr, live, program, num_tokens, num_slots, rank, max_slots, max_tokens * TOP_K,
+            at_counts, at_choices, TOP_K, SEATS, SEATS_PAD, BINS, CHUNK,
         )
     else:
         _send_tokens(
             table_ptr, hidden_ptr, slots_ptr, live, program - chunks, tl.num_programs(0) - chunks, num_tokens,
-            num_slots, rank, MAX_TOKENS, AT_ARRIVALS, TOP_K, K_PAD, SEATS, D, D_PAD, ROW_BYTES, FP8,
+            num_slots, rank, max_tokens, at_arrivals, TOP_K, K_PAD, SEATS, D, D_PAD, ROW_BYTES, FP8,
         )
     if is_last(state_ptr):
         sequence = tl.load(state_ptr + _SEQUENCE) + 1
         tl.store(state_ptr + _SEQUENCE, sequence)
         value = (tl.load(state_ptr + _EPOCH) << 32) + sequence
-        tell(table_ptr, AT_FLAGS, rank, live, value, SEATS_PAD)
-        error = wait(state_ptr, buffer_ptr, AT_FLAGS, live, value, SEATS_PAD)
+        tell(table_ptr, at_flags, rank, live, value, SEATS_PAD)
+        error = wait(state_ptr, buffer_ptr, at_flags, live, value, SEATS_PAD)
         _order_rows(
-            state_ptr, buffer_ptr, begins_ptr, tokens_ptr, offsets_ptr, live, error, num_slots, MAX_SLOTS, max_rows,
-            AT_COUNTS, SEATS_PAD, SLOTS_PAD,
+            state_ptr, buffer_ptr, begins_ptr, tokens_ptr, offsets_ptr, live, error, num_slots, max_slots, max_rows,
+            at_counts, SEATS_PAD, SLOTS_PAD,
         )
     # fmt: on
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_tokens"])
 def place_rows(
     buffer_ptr,
     begins_ptr,
     tokens_ptr,
     rows_ptr,
     origins_ptr,
-    MAX_TOKENS: tl.constexpr,
-    AT_CHOICES: tl.constexpr,
-    AT_ARRIVALS: tl.constexpr,
+    max_tokens,
+    at_choices,
+    at_arrivals,
     TOP_K: tl.constexpr,
     K_PAD: tl.constexpr,
     SEATS: tl.constexpr,
@@ -263,7 +263,7 @@ def place_rows(
     FP8: tl.constexpr,
 ):
     """Copy arrivals to `rows` [M, D] by slot, then source, then pair; `origins` int32 [M] = source << 20 | pair."""
-    choices_ptr = (buffer_ptr + AT_CHOICES).to(tl.pointer_type(tl.int32))
+    choices_ptr = (buffer_ptr + at_choices).to(tl.pointer_type(tl.int32))
     seats = tl.arange(0, SEATS_PAD)
     ks = tl.arange(0, K_PAD)
     columns = tl.arange(0, D_PAD)
@@ -273,13 +273,13 @@ def place_rows(
         token = index // SEATS
         if token < tl.sum(tl.where(seats == source, num_tokens, 0), 0):
             pairs = token * TOP_K + ks
-            choice = tl.load(choices_ptr + source * (MAX_TOKENS * TOP_K) + pairs, mask=ks < TOP_K, other=-1)
+            choice = tl.load(choices_ptr + source * (max_tokens * TOP_K) + pairs, mask=ks < TOP_K, other=-1)
             mine = choice >= 0
             begin = tl.load(begins_ptr + (choice >> _COUNT_BITS) * SEATS_PAD + source, mask=mine, other=0)
             places = tl.where(mine, begin + (choice & _COUNT_MASK), -1)
             tl.store(origins_ptr + places, (source << _COUNT_BITS) | pairs, mask=mine)
             if tl.max(places, 0) >= 0:
-                arrival = buffer_ptr + AT_ARRIVALS + tl.cast(source * MAX_TOKENS + token, tl.int64) * ROW_BYTES
+                arrival = buffer_ptr + at_arrivals + tl.cast(source * max_tokens + token, tl.int64) * ROW_BYTES
                 if FP8:
                     parts = tl.arange(0, D_PAD // _SCALED)
                     small = tl.load(arrival.to(tl.pointer_type(tl.float8e4nv)) + columns, mask=columns < D)
@@ -306,8 +306,8 @@ def return_results(
     num_tokens,
     rank,
     num_slots,
-    AT_FLAGS: tl.constexpr,
-    AT_RESULTS: tl.constexpr,
+    at_flags,
+    at_results,
     TOP_K: tl.constexpr,
     SEATS_PAD: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -327,7 +327,7 @@ def return_results(
     for place in range(program, num_rows, tl.num_programs(0)):
         row = tl.load(rows_ptr + tl.cast(place, tl.int64) * D + columns, mask=columns < D)
         origin = tl.load(origins_ptr + place)
-        offset = AT_RESULTS + tl.cast(origin & _COUNT_MASK, tl.int64) * ROW_BYTES
+        offset = at_results + tl.cast(origin & _COUNT_MASK, tl.int64) * ROW_BYTES
         target = peer_row(table_ptr, origin >> _COUNT_BITS, offset, rows_ptr.dtype.element_ty)
         tl.store(target + columns, row, mask=columns < D)
     for begin in range(program * CHUNK, num_tokens * TOP_K, tl.num_programs(0) * CHUNK):
@@ -336,11 +336,10 @@ def return_results(
         if tl.max(empty.to(tl.int32), 0) != 0:
             for lane in range(CHUNK):
                 if tl.max((empty & (tl.arange(0, CHUNK) == lane)).to(tl.int32), 0) != 0:
-                    result = buffer_ptr + AT_RESULTS + tl.cast(begin + lane, tl.int64) * ROW_BYTES
+                    result = buffer_ptr + at_results + tl.cast(begin + lane, tl.int64) * ROW_BYTES
                     result = result.to(tl.pointer_type(rows_ptr.dtype.element_ty))
                     tl.store(result + columns, tl.zeros((D_PAD,), rows_ptr.dtype.element_ty), mask=columns < D)
     if is_last(state_ptr):
         value = (tl.load(state_ptr + _EPOCH) << 32) + tl.load(state_ptr + _SEQUENCE)
-        at_flags = AT_FLAGS + SEATS_PAD * 8
-        tell(table_ptr, at_flags, rank, live, value, SEATS_PAD)
-        wait(state_ptr, buffer_ptr, at_flags, live, value, SEATS_PAD)
+        tell(table_ptr, at_flags + SEATS_PAD * 8, rank, live, value, SEATS_PAD)
+        wait(state_ptr, buffer_ptr, at_flags + SEATS_PAD * 8, live, value, SEATS_PAD)
