@@ -4,6 +4,7 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 READY   = $(VENV)/.ready
 JOBS   ?= 2
+BENCHES = balance
 
 export OMP_NUM_THREADS = 1
 export HYDRA_FULL_ERROR = 0
@@ -25,7 +26,8 @@ check: $(READY)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(READY)
-	@echo "benchmarks come with the load balancer (part 3); launch/bench.py does not exist yet" && false
+	$(BIN)/pip install -q -c constraints.txt -e ".[bench]"
+	@for name in $(BENCHES); do $(BIN)/python launch/bench.py bench=$$name || exit 1; done
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' || \

@@ -15,6 +15,8 @@ from typing import Any
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 LOG_LEVELS = ("debug", "info", "warning", "error")
+EPLB_MODES = ("off", "sync", "async")
+EPLB_ALGORITHMS = ("search", "deepseek")
 
 
 def _key(default: Any, help_: str) -> Any:
@@ -86,6 +88,40 @@ class ElasticConfig:
 
 
 @dataclass
+class EplbConfig:
+    """The load balancer: which expert has how many copies, and where, while tokens flow."""
+
+    mode: str = _key("off", f"one of {', '.join(EPLB_MODES)} (sync stops the step loop for a round; async does not)")
+    algorithm: str = _key("search", f"one of {', '.join(EPLB_ALGORITHMS)}")
+    interval_s: float = _key(10.0, "from one look at the loads to the next, in seconds")
+    threshold: float = _key(1.05, "balance when the fullest rank has more than this times the mean load (1 or more)")
+    half_life_steps: int = _key(500, "tokens counted this many steps ago count half")
+    layers_per_chunk: int = _key(4, "layers that are swapped in at the same step at most")
+    staging_mb: int = _key(64, "megabytes of experts that wait on a rank to be swapped in, one expert at least")
+    mb_per_step: float = _key(8.0, "megabytes of experts that a rank sends or receives during one step, about")
+    link_gb_per_s: float = _key(1.0, "what a rank can receive, in gigabytes per second, to tell whether a move pays")
+    initial_loads: str = _key(
+        "", "JSON file of past loads (GET /elastic/loads) for the placement at start; empty: none"
+    )
+
+    def validate(self) -> None:
+        """Raise ValueError, naming the key and what is allowed, when a value cannot work."""
+        _check(self.mode in EPLB_MODES, "eplb.mode", self.mode, f"must be one of {', '.join(EPLB_MODES)}")
+        known = self.algorithm in EPLB_ALGORITHMS
+        _check(known, "eplb.algorithm", self.algorithm, f"must be one of {', '.join(EPLB_ALGORITHMS)}")
+        _check(0 < self.interval_s < math.inf, "eplb.interval_s", self.interval_s, "must be more than 0, and finite")
+        _check(1 <= self.threshold < math.inf, "eplb.threshold", self.threshold, "must be 1 or more, and finite")
+        for key in ("half_life_steps", "layers_per_chunk", "staging_mb"):
+            _check(getattr(self, key) >= 1, f"eplb.{key}", getattr(self, key), "must be 1 or more")
+        for key in ("mb_per_step", "link_gb_per_s"):
+            _check(
+                0 < getattr(self, key) < math.inf, f"eplb.{key}", getattr(self, key), "must be more than 0, and finite"
+            )
+        path = self.initial_loads
+        _check(not path or Path(path).is_file(), "eplb.initial_loads", path, "must be empty, or name a JSON file")
+
+
+@dataclass
 class ServingConfig:
     """Continuous batching on each rank."""
 
@@ -140,6 +176,7 @@ class ServeConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     elastic: ElasticConfig = field(default_factory=ElasticConfig)
+    eplb: EplbConfig = field(default_factory=EplbConfig)
     serving: ServingConfig = field(default_factory=ServingConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
     log_level: str = _key("info", f"one of {', '.join(LOG_LEVELS)}")
@@ -147,7 +184,7 @@ class ServeConfig:
     def validate(self) -> None:
         """Raise ValueError with one line about the first value that cannot work."""
         _check(self.log_level in LOG_LEVELS, "log_level", self.log_level, f"must be one of {', '.join(LOG_LEVELS)}")
-        for part in (self.model, self.elastic, self.serving, self.server):
+        for part in (self.model, self.elastic, self.eplb, self.serving, self.server):
             part.validate()
 
 

@@ -44,6 +44,7 @@ class ElasticMoELayer(nn.Module):
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.experts.parameters())
         if trains and self._runtime.registry.placement.has_replicas:
             raise ValueError("training needs a placement without replicas: replica gradients are not summed yet")
+        self._runtime.load_counter.count(self.layer, top_k_index)
         exchange = self._runtime.exchange
         last = self.num_experts - 1
         slots = self._runtime.registry.choose_slots(self.layer, top_k_index.clamp(max=last))

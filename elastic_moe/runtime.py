@@ -2,13 +2,17 @@
 
 import contextlib
 import logging
-import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
 
+from elastic_moe.background import Latch
+from elastic_moe.config import EplbConfig
+from elastic_moe.control import lockstep
+from elastic_moe.control.hooks import Hooks
+from elastic_moe.control.rebalance import load_balancer
+from elastic_moe.control.rebalancer import Rebalancer
 from elastic_moe.control.recovery import Recovery
 from elastic_moe.control.report import Report
 from elastic_moe.errors import PeerLost
@@ -16,13 +20,14 @@ from elastic_moe.exchange.collective import CollectiveExchange
 from elastic_moe.exchange.interface import TokenExchange
 from elastic_moe.experts.slots import SlotExperts
 from elastic_moe.membership.channel import SeatStart
+from elastic_moe.membership.current_epoch import CurrentEpoch
 from elastic_moe.membership.groups import EpochGroups
 from elastic_moe.membership.launch import Launch, host_of
 from elastic_moe.membership.quorum import Membership
 from elastic_moe.membership.rendezvous import Seat, meet
-from elastic_moe.membership.signals import AskView, Knock, PeerDied
 from elastic_moe.membership.supervised import Supervised
-from elastic_moe.membership.view import Member, View
+from elastic_moe.membership.view import View
+from elastic_moe.placement.loads import LoadCounter, read_loads
 from elastic_moe.placement.placement import Placement, fewest_slots, initial_placement
 from elastic_moe.placement.registry import PlacementRegistry
 from elastic_moe.placement.topology import Topology
@@ -31,8 +36,6 @@ from elastic_moe.weights.store import ExpertStore, ReadExpert
 
 log = logging.getLogger("elastic_moe.runtime")
 
-RECOVERY_DEADLINE_S = 60.0
-FINISH_POLL_S = 0.05
 Result = TypeVar("Result")
 
 
@@ -66,43 +69,45 @@ class ElasticRuntime:
         silence_timeout_s: float = 20.0,
         lighthouses: Sequence[str] = (),
         grow_slots: bool = True,
+        eplb: EplbConfig | None = None,
     ) -> None:
         """`view` is the current one, or, for a process that takes a dead one's seat, the last known.
 
         A member builds the groups of `view` here, together with all others; a newcomer gets its first ones by
-        `recover`, once it holds what it wants to bring.
+        `recover`, once it holds what it wants to bring. `eplb` says how experts are balanced; by default they are not.
         """
         self.seat = seat
-        self.view = view
         self.rank = seat.member.rank
         self.topology = topology
         self.device = device
         self.steps = 0
-        self.on_rank_lost: list[Callable[[int], None]] = []
-        self.on_rank_joined: list[Callable[[int], None]] = []
-        self.on_placement_changed: list[Callable[[Placement], None]] = []
-        self.on_view: list[Callable[[View], None]] = []
+        """Forwards finished."""
+        self.handshakes = 0
+        """Calls of `agree` in this epoch: the number of the step that all ranks are in."""
+        self._hooks = Hooks()
+        self.on_rank_lost, self.on_rank_joined = self._hooks.rank_lost, self._hooks.rank_joined
+        self.on_placement_changed, self.on_view = self._hooks.placement_changed, self._hooks.view
         self.on_change: Callable[[], None] = lambda: None
         """Called, in another thread, when the group is about to change: a rank that sleeps outside must come."""
         self.layers: Sequence[IdleLayer] = []
         """The ElasticMoELayer modules in their order; `elasticize` sets it."""
         self.signals = seat.signals
-        self._knocking: dict[int, Member] = {}
+        self._latch = Latch()
         self._exchange_timeout_s = exchange_timeout_s
         self._grow_slots = grow_slots
-        self._membership = Membership(seat.member, lighthouses or view.lighthouses)
-        self._lock = threading.Lock()
-        self._left = -1
-        self._groups: EpochGroups | None = None
+        self._eplb = eplb or EplbConfig()
+        self._membership = Membership(seat.member, lighthouses or view.lighthouses, self.fail)
+        self._epoch = CurrentEpoch(seat.member, view, seat.signals, self._membership, lambda: self.on_change())
         self._registry: PlacementRegistry | None = None
         self._exchange: TokenExchange | None = None
+        self._load_counter: LoadCounter | None = None
+        self._rebalancer: Rebalancer | None = None
         self._store: ExpertStore | None = None
         self._weight_server: WeightServer | None = None
         self._supervised: Supervised | None = None
-        self._hear(silence_timeout_s)
+        self._epoch.listen(silence_timeout_s, self.fail)
         if view.has(self.rank, seat.member.incarnation):
-            self.signals.watch(view, self.rank)
-            self._groups = EpochGroups(view, self.rank, device, exchange_timeout_s).build()
+            self._epoch.enter(view, EpochGroups(view, self.rank, device, exchange_timeout_s).build())
             self._membership.start()
 
     @classmethod
@@ -131,27 +136,21 @@ class ElasticRuntime:
         supervised = Supervised.of_launch(start) if isinstance(start, Launch) else None
         if isinstance(start, Launch):
             start = supervised.start if supervised else SeatStart(start)
-        launch = start.launch
-        host = host_of(launch)
-        server = WeightServer(host)
-        seat = Seat(
-            launch,
-            host,
-            signals_port=start.signals_port,
-            address=address,
-            weights=server.address,
-            lighthouse=start.lighthouse,
-        )
-        view = start.rejoin or meet(launch, seat.member, start_timeout_s)
-        runtime = cls(seat, view, topology_of(launch), device, **settings)
+        server = WeightServer(host_of(start.launch))
+        seat = Seat(start, address=address, weights=server.address)
+        view = start.rejoin or meet(start.launch, seat.member, start_timeout_s)
+        runtime = cls(seat, view, start.launch.topology, device, **settings)
         runtime._weight_server = server
         if supervised:
             runtime._supervised = supervised
             runtime.on_view.append(supervised.tell_view)
-            if start.rejoin is None:
-                supervised.tell_view(view)
-            supervised.begin()
+            supervised.begin(view)
         return runtime
+
+    @property
+    def view(self) -> View:
+        """The current members; of a process that is not one yet, the last known."""
+        return self._epoch.view
 
     @property
     def epoch(self) -> int:
@@ -159,11 +158,14 @@ class ElasticRuntime:
         return self.view.epoch
 
     @property
+    def is_whole(self) -> bool:
+        """Whether a process sits in every seat of the launch."""
+        return len(self.view.members) == self.topology.num_ranks
+
+    @property
     def groups(self) -> EpochGroups:
         """The current epoch's groups; PeerLost for a newcomer that has none yet."""
-        if self._groups is None:
-            raise PeerLost("this process is not a member yet")
-        return self._groups
+        return self._epoch.groups
 
     @property
     def registry(self) -> PlacementRegistry:
@@ -180,22 +182,52 @@ class ElasticRuntime:
         """The experts held here; RuntimeError before `hold`."""
         return _placed(self._store)
 
+    @property
+    def load_counter(self) -> LoadCounter:
+        """Where the layers count their tokens; RuntimeError before `place`."""
+        return _placed(self._load_counter)
+
+    @property
+    def rebalancer(self) -> Rebalancer:
+        """The load balancer; RuntimeError before `place`."""
+        return _placed(self._rebalancer)
+
     def place(
         self, num_layers: int, num_experts: int, *, slots_per_rank: int | None = None, redundant_slots: int = 0
     ) -> Placement:
         """Commit the initial placement of L layers x E experts over all seats.
 
         `slots_per_rank` S is ceil(E / R) + `redundant_slots` unless given. Every rank computes the same. Spare slots
-        hold replicas if any were asked for (by either argument); the remainder of E / R alone makes none.
+        hold replicas if any were asked for (by either argument); the remainder of E / R alone makes none. With
+        `eplb.initial_loads` experts are placed by these loads.
 
         Raises:
             NotEnoughSlots: R * S < E; the message says how many are needed.
+            ValueError: the file of initial loads cannot be read or does not fit.
         """
         replicate = slots_per_rank is not None or redundant_slots > 0
         if slots_per_rank is None:
             slots_per_rank = fewest_slots(num_experts, self.topology.num_ranks) + redundant_slots
-        placement = initial_placement(num_layers, num_experts, self.topology, slots_per_rank, replicate=replicate)
+        if self._eplb.initial_loads:
+            loads = read_loads(self._eplb.initial_loads, num_layers, num_experts)
+            balance = load_balancer()
+            placement = balance(loads, self.topology, slots_per_rank, algorithm=self._eplb.algorithm)
+        else:
+            placement = initial_placement(num_layers, num_experts, self.topology, slots_per_rank, replicate=replicate)
         self._registry = PlacementRegistry(placement, self.rank, self.topology, self.device)
+        if self._eplb.mode != "off":
+            load_balancer()
+        self._load_counter = LoadCounter(num_layers, num_experts, self.device)
+        self._rebalancer = Rebalancer(
+            self._eplb,
+            self.rank,
+            self._registry,
+            self._load_counter,
+            steps=lambda: self.steps,
+            wake=lambda: self.on_change(),
+            committed=self._hooks.call_placement_changed,
+            on_error=self.fail,
+        )
         self._use_groups()
         return placement
 
@@ -205,30 +237,39 @@ class ElasticRuntime:
         Args:
             layers: of all MoE layers, in the placement's order.
             read: where an expert comes from that no live rank holds (the checkpoint).
+
+        Raises:
+            ValueError: experts shall be balanced, but there is no `read`: a loss amid a move could not be mended.
         """
+        if read is None and self._eplb.mode != "off":
+            raise ValueError(f"eplb.mode={self._eplb.mode} needs a checkpoint; elasticize with checkpoint=, or use off")
         self._store = ExpertStore(layers, self.registry.placement.of_rank(self.rank), read)
         self._store.record_digests()
-        if self._groups is not None:
+        if self._epoch.is_entered:
             self._store.digests = self.groups.control.all_reduce_max_array(self._store.digests)
+            self.rebalancer.begin_epoch(self.view, self.groups, self._store, changed=False)
 
     def peers(self) -> Peers | None:
         """Where a newcomer takes its weights from, before the disk; None for a process that is a member."""
-        if self._groups is not None:
-            return None
-        return Peers(m for m in self.view.members if m.rank != self.rank)
+        return None if self._epoch.is_entered else Peers(m for m in self.view.members if m.rank != self.rank)
 
     def give_weights(self, dense: Mapping[str, torch.Tensor]) -> None:
         """Offer the experts held here, and these dense tensors by their names in the state dict, to newcomers."""
         if self._weight_server is not None:
-            self._weight_server.start(dense, self.store)
+            self._weight_server.start(dense, self.store, self.fail)
 
     def agree(self, *flags: int) -> list[int]:
         """The largest value of each flag over all ranks. Collective; every rank gives as many flags.
 
         Raises:
             PeerLost: a peer died, left, or missed the deadline; or all leave now to take a process in.
+            RuntimeError: a background thread of this rank died.
         """
-        *agreed, joining = self.groups.control.all_reduce_max([*flags, int(self._somebody_knocks)])
+        self._latch.check()
+        self.handshakes += 1
+        if self._rebalancer is not None:
+            self._rebalancer.enter_step(self.handshakes)
+        *agreed, joining = self.groups.control.all_reduce_max([*flags, int(self._epoch.somebody_knocks)])
         if joining:
             raise PeerLost("a process joins")
         return agreed
@@ -249,13 +290,7 @@ class ElasticRuntime:
             NotEnoughSlots, TransferFailed: the experts cannot be restored.
             PeerLost: no agreement within a minute.
         """
-        while True:
-            try:
-                self.agree(1)
-                with self.step():
-                    return forward()
-            except PeerLost as error:
-                self.recover(str(error))
+        return lockstep.run(self, forward)
 
     def finish(self) -> None:
         """Take part, without tokens, in what the others still run, until every rank of the launch has come here, also
@@ -265,17 +300,7 @@ class ElasticRuntime:
             NotEnoughSlots, TransferFailed: the experts cannot be restored.
             PeerLost: no agreement within a minute.
         """
-        while True:
-            try:
-                (busy,) = self.agree(0)
-                if busy:
-                    self.join_idle()
-                elif len(self.view.members) == self.topology.num_ranks:
-                    break
-                else:
-                    time.sleep(FINISH_POLL_S)
-            except PeerLost as error:
-                self.recover(str(error))
+        lockstep.help_others(self)
         with contextlib.suppress(PeerLost):
             self.groups.control.barrier()  # nobody leaves before all know that it is over
         if self._supervised is not None:
@@ -295,30 +320,19 @@ class ElasticRuntime:
     @property
     def epoch_is_over(self) -> bool:
         """Whether the current epoch was left and `recover` has to be called; its next collective would say so too."""
-        return self._left == self.view.epoch
+        return self._epoch.is_left
+
+    @property
+    def change_is_wanted(self) -> bool:
+        """Whether the epoch is over, or a process waits to be taken in."""
+        return self._epoch.is_left or self._epoch.somebody_knocks
 
     def leave_epoch(self, epoch: int) -> bool:
         """Abort the groups of `epoch` and ask for the next view, if it is the current one. From any thread.
 
         The call in flight in that epoch, and every later one, gets PeerLost.
         """
-        with self._lock:
-            if epoch != self.view.epoch or self._groups is None:
-                return False
-            self._left = epoch
-            self._groups.abort()
-        self._membership.request_view(epoch)
-        return True
-
-    @property
-    def change_is_wanted(self) -> bool:
-        """Whether the epoch is over, or a process waits to be taken in."""
-        return self.epoch_is_over or self._somebody_knocks
-
-    @property
-    def _somebody_knocks(self) -> bool:
-        knocking, view = list(self._knocking.values()), self.view
-        return any(not view.has(m.rank, m.incarnation) for m in knocking)
+        return self._epoch.abort(epoch)
 
     def recover(self, reason: str) -> Report:
         """Leave the current epoch and come back in the next: view, groups, repair, vote, commit. Collective in effect.
@@ -326,101 +340,55 @@ class ElasticRuntime:
         Raises:
             NotEnoughSlots, TransferFailed: the experts cannot be restored (now).
             PeerLost: no agreement within a minute.
+            RuntimeError: a background thread of this rank died.
         """
+        self._latch.check()
         log.info("leaving epoch %d: %s", self.epoch, reason)
-        self._leave(self.view)
+        self._epoch.leave(self.view)
+        self.rebalancer.end_epoch()
         recovery = Recovery(
             self.seat.member,
             self._membership,
+            self._epoch,
             self.topology,
             self.store,
             self.device,
             exchange_timeout_s=self._exchange_timeout_s,
             grow_slots=self._grow_slots,
-            knock=lambda view: self.signals.tell(view.members, Knock(self.seat.member)),
-            enter=self._enter,
-            leave=self._leave,
         )
-        version = self.registry.placement.version
-        newcomer = self._groups is None
-        placement, report = recovery.run(self.view, version, reason, RECOVERY_DEADLINE_S, newcomer=newcomer)
+        version, newcomer = self.registry.placement.version, not self._epoch.is_entered
+        placement, report = recovery.run(self.view, version, reason, newcomer=newcomer)
         self.registry.commit(placement)
         self._use_groups()
+        self.handshakes = 0
+        self.rebalancer.begin_epoch(self.view, self.groups, self.store, changed=True)
         log.info("recovered: %s", report)
-        for hook in self.on_view:
-            hook(self.view)
-        self._call_hooks(report, placement)
+        self._hooks.call(self.rank, self.view, placement, report)
         return report
+
+    def fail(self, error: BaseException) -> None:
+        """A thread of this rank has died of `error`: the call in flight breaks off, and the next one here raises. From
+        any thread."""
+        self._latch.set(error)
+        self._epoch.abort(self.epoch)
+        self.on_change()
 
     def close(self) -> None:
         """Leave for good. Peers still inside a call get `PeerLost`."""
+        if self._rebalancer is not None:
+            self._rebalancer.end_epoch()
         self._membership.close()
         self.signals.close()
         if self._weight_server is not None:
             self._weight_server.close()
-        if self._groups is not None:
-            self._groups.abort()
-
-    def _enter(self, view: View, groups: EpochGroups) -> None:
-        with self._lock:
-            self.view, self._groups = view, groups
-        self.signals.watch(view, self.rank)
-        if self._membership.knows_dead(view):
-            self.leave_epoch(view.epoch)
-
-    def _leave(self, view: View) -> None:
-        """Leave `view` if it is the current one, and tell its members, who may wait for us. Those who knocked ask for
-        the next view already."""
-        if self.leave_epoch(view.epoch):
-            self.signals.tell([m for m in view.members if m.rank != self.rank], AskView(view.epoch))
-            self._knocking = {}
-
-    def _hear(self, silence_timeout_s: float) -> None:
-        def handle(kind: type, act: Callable[[Any], object]) -> None:
-            def hear(word: Any) -> None:
-                act(word)
-                self.on_change()
-
-            self.signals.on(kind, hear)
-
-        handle(AskView, lambda word: self.leave_epoch(word.epoch))
-        handle(PeerDied, lambda word: self._peer_died(word.rank, word.incarnation))
-        handle(Knock, lambda word: self._let_knock(word.member))
-        self.signals.start(self.seat.member.incarnation, silence_timeout_s, self._peer_is_silent)
-
-    def _peer_died(self, rank: int, incarnation: str) -> None:
-        self._membership.gone(rank, incarnation)
-        view = self.view
-        if view.has(rank, incarnation):
-            self.leave_epoch(view.epoch)
-
-    def _peer_is_silent(self, member: Member) -> None:
-        log.warning("rank %d is silent: asking for a new view", member.rank)
-        if self.view.has(member.rank, member.incarnation):
-            self._leave(self.view)
-        self.on_change()
-
-    def _let_knock(self, member: Member) -> None:
-        if not self.view.has(member.rank, member.incarnation):
-            self._knocking[member.rank] = member
+        if self._epoch.is_entered:
+            self.groups.abort()
 
     def _use_groups(self) -> None:
-        if self._groups is not None:
-            slots_per_rank = self.registry.placement.slots_per_rank
-            self._exchange = CollectiveExchange(self._groups.data, self._groups.ranks, slots_per_rank)
-
-    def _call_hooks(self, report: Report, placement: Placement) -> None:
-        for ranks, hooks in ((report.lost, self.on_rank_lost), (report.joined, self.on_rank_joined)):
-            for rank in ranks:
-                for hook in hooks if rank != self.rank else ():
-                    hook(rank)
-        for hook in self.on_placement_changed:
-            hook(placement)
-
-
-def topology_of(launch: Launch) -> Topology:
-    """The seats of a launch: torchrun deals its ranks in order, the same number to each node."""
-    return Topology.uniform(launch.world_size, launch.local_world_size)
+        if self._epoch.is_entered:
+            self._exchange = CollectiveExchange(
+                self.groups.data, self.groups.ranks, self.registry.placement.slots_per_rank
+            )
 
 
 Owned = TypeVar("Owned")

@@ -1,19 +1,16 @@
 """bench=layer: the experts of one MoE layer on one GPU, beside the limits of the chip and transformers' own.
 
-Prints one JSON object a line. `limit_us` is max(bytes / bandwidth, FLOPs / rate) with the weights of each expert that
+`limit_us` is max(bytes / bandwidth, FLOPs / rate) with the weights of each expert that
 has a token read once; the ceilings are those measured on the H200 of docs/performance.md. Every figure is the median
 of Triton's do_bench, which empties the L2 cache before each call; ours is taken before and after the peers.
 """
 
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # peers that want kernels from the hub do not run
 
 import torch
@@ -22,6 +19,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from elastic_moe.experts.grouped import FusedExperts, fused_experts
+from launch.bench_config import BenchConfig
 
 MEMORY_BYTES_PER_S = 4.3e12
 BF16_FLOP_PER_S = 790e12
@@ -185,17 +183,15 @@ def results(shapes: Sequence[Shape] = SHAPES, tokens: Sequence[int] = TOKENS) ->
         torch.cuda.empty_cache()
 
 
-def main() -> None:
-    """Print every result as JSON, figures rounded."""
+def run(config: BenchConfig) -> Iterator[dict[str, Any]]:
+    """Every result, figures rounded."""
+    if not torch.cuda.is_available():
+        raise ValueError("bench=layer needs a Hopper GPU and Triton")
     for result in results():
-        print(json.dumps(_rounded(asdict(result))), flush=True)
+        yield _rounded(asdict(result))
 
 
 def _rounded(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items()}
     return float(f"{value:.4g}") if isinstance(value, float) else value
-
-
-if __name__ == "__main__":
-    main()

@@ -37,15 +37,16 @@ def load(schema: type[Schema], config_name: str, overrides: list[str]) -> Schema
     return config
 
 
-def groups() -> dict[str, list[str]]:
-    """The config groups of conf/ and their options."""
-    return {d.name: sorted(f.stem for f in d.glob("*.yaml")) for d in sorted(CONF.iterdir()) if d.is_dir()}
+def groups(schema: type) -> dict[str, list[str]]:
+    """The config groups of conf/ that fill a section of `schema`, and their options."""
+    folders = [CONF / name for name in sorted(f.name for f in dataclasses.fields(schema))]
+    return {d.name: sorted(f.stem for f in d.glob("*.yaml")) for d in folders if d.is_dir()}
 
 
 def help_text(schema: type, usage: str) -> str:
     """Usage, the groups with their options, and every key with its meaning and default."""
     lines = [usage, "", "Groups:"]
-    lines += [f"  {name}={'|'.join(options)}" for name, options in groups().items()]
+    lines += [f"  {name}={'|'.join(options)}" for name, options in groups(schema).items()]
     lines += ["", "Keys (default):"]
     rows = [(f"{key}={'null' if default is None else default}", meaning) for key, default, meaning in describe(schema)]
     width = max(len(left) for left, _ in rows) + 2
@@ -56,7 +57,7 @@ def help_text(schema: type, usage: str) -> str:
 def _check_keys(schema: type, overrides: list[str]) -> None:
     keys = [key for key, _, _ in describe(schema)]
     sections = {f.name for f in dataclasses.fields(schema)}  # pyright: ignore[reportArgumentType]
-    options = groups()
+    options = groups(schema)
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:

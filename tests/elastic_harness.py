@@ -24,7 +24,9 @@ from harness import PRELOAD
 from torchft.coordination import LighthouseServer
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from elastic_moe.config import EplbConfig
 from elastic_moe.control import recovery
+from elastic_moe.control.rebalance import Round
 from elastic_moe.control.recovery import Phase, Recovery
 from elastic_moe.exchange.collective import CollectiveExchange
 from elastic_moe.experts.slots import SlotExperts
@@ -35,6 +37,7 @@ from elastic_moe.membership.groups import EpochGroups, Group
 from elastic_moe.membership.launch import Launch
 from elastic_moe.membership.quorum import HEARTBEAT_TIMEOUT_MS, JOIN_TIMEOUT_MS, TICK_MS, Membership
 from elastic_moe.membership.signals import Mouth, PeerDied
+from elastic_moe.membership.step_barrier import StepBarrier
 from elastic_moe.membership.view import View
 from elastic_moe.placement.placement import EMPTY
 from elastic_moe.placement.registry import PlacementRegistry
@@ -42,10 +45,13 @@ from elastic_moe.runtime import ElasticRuntime
 from elastic_moe.weights import peers
 from elastic_moe.weights.checkpoint import CheckpointReader
 from elastic_moe.weights.digest import digest
+from elastic_moe.weights.store import ExpertStore
 
 STEPS = 5
 WORLD = 4
 DEADLINE_S = 60.0
+STEPS_OF_A_ROUND = 100
+"""More than a round takes, in forwards of the tiny model."""
 
 
 class Death(NamedTuple):
@@ -71,11 +77,16 @@ POINTS: Mapping[str, tuple[Any, str]] = {
     "accept": (Recovery, "_accept"),
     "commit": (PlacementRegistry, "commit"),
     "load": (integration, "_load"),
+    "plan": (Round, "_agree"),
+    "stage": (Round, "_stage"),
+    "barrier": (StepBarrier, "begin"),
+    "swap": (Round, "_publish"),
 }
 """Where a rank can die: at the call of these; besides `between` (after a forward) and `vote`."""
 
-LIES = ("gives wrong weights", "loads wrong bytes")
-"""What a rank can do instead of dying, as the `point` of a `Death`: to newcomers, from disk at its start."""
+LIES = ("gives wrong weights", "loads wrong bytes", "has a bad disk")
+"""What a rank can do instead of dying, as the `point` of a `Death`: to newcomers, from disk at its start, from disk
+later."""
 
 
 def die() -> None:
@@ -126,6 +137,14 @@ def lie(how: str) -> None:
     if how == "gives wrong weights":
         right = peers._bytes_of
         peers._bytes_of = lambda tensor: right(flip(tensor.clone()))
+    elif how == "has a bad disk":
+        read_into = ExpertStore._read_into
+
+        def read_into_wrong(self: ExpertStore, layer: int, expert: int, out: Sequence[torch.Tensor]) -> None:
+            read_into(self, layer, expert, out)
+            flip(out[0])
+
+        ExpertStore._read_into = read_into_wrong
     else:
         read = CheckpointReader.read_expert
 
@@ -161,9 +180,17 @@ def wanted(checkpoint: Path) -> dict[tuple[int, int], torch.Tensor]:
 
 
 def run_cluster(
-    folder: Path, checkpoint: Path, deaths: Sequence[Death], redundant_slots: int = 0, deadline_s: float = DEADLINE_S
+    folder: Path,
+    checkpoint: Path,
+    deaths: Sequence[Death],
+    redundant_slots: int = 0,
+    deadline_s: float = DEADLINE_S,
+    rounds: int = 0,
 ) -> tuple[dict[tuple[int, int], torch.Tensor], list[dict[str, Any]]]:
-    """Run the work on `WORLD` ranks that die as told, each started again. The logits, and each rank's last word."""
+    """Run the work on `WORLD` ranks that die as told, each started again. The logits, and each rank's last word.
+
+    Between the steps the load balancer ends `rounds` rounds, under forwards whose results nobody keeps.
+    """
     lighthouse = LighthouseServer(
         bind="127.0.0.1:0",
         min_replicas=1,
@@ -173,7 +200,7 @@ def run_cluster(
     )
     url = f"http://127.0.0.1:{lighthouse.address().rsplit(':', 1)[1]}"
     try:
-        return _Seats(folder, checkpoint, deaths, redundant_slots, url).run(deadline_s)
+        return _Seats(folder, checkpoint, deaths, redundant_slots, rounds, url).run(deadline_s)
     finally:
         lighthouse.shutdown()
 
@@ -182,10 +209,16 @@ class _Seats:
     """The supervisors of all ranks in one."""
 
     def __init__(
-        self, folder: Path, checkpoint: Path, deaths: Sequence[Death], redundant_slots: int, lighthouse: str
+        self,
+        folder: Path,
+        checkpoint: Path,
+        deaths: Sequence[Death],
+        redundant_slots: int,
+        rounds: int,
+        lighthouse: str,
     ) -> None:
         self._folder, self._lighthouse = folder, lighthouse
-        self._args = (folder, checkpoint, tuple(deaths), redundant_slots)
+        self._args = (folder, checkpoint, tuple(deaths), redundant_slots, rounds)
         self._deaths = sum(death.point not in LIES for death in deaths)
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([*PRELOAD, "elastic_harness"])
@@ -254,8 +287,21 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
     part.rename(path)
 
 
+def rebalance(runtime: ElasticRuntime, rounds: int, forward: Callable[[], Any]) -> None:
+    """Have the balancer end so many rounds, at steps that do `forward`. A loss may cost one: its request is answered in
+    the next epoch at the latest after some seconds, for which nobody waits."""
+    reports = runtime.rebalancer.reports
+    for _ in range(rounds):
+        runtime.rebalancer.request()
+        for _ in range(STEPS_OF_A_ROUND):
+            runtime.run(forward)
+            if not reports.empty():
+                reports.get()
+                break
+
+
 def _work(
-    start: bytes, life: int, folder: Path, checkpoint: Path, deaths: Sequence[Death], redundant_slots: int
+    start: bytes, life: int, folder: Path, checkpoint: Path, deaths: Sequence[Death], redundant_slots: int, rounds: int
 ) -> None:
     import faulthandler
     import logging
@@ -271,7 +317,8 @@ def _work(
     mine = [death for death in deaths if (death.rank, death.life) == (rank, life)]
     for death in mine:
         set_trap(death)
-    runtime = ElasticRuntime.join(seat, device=torch.device("cpu"), exchange_timeout_s=30)
+    eplb = EplbConfig(mode="async" if rounds else "off", half_life_steps=2, layers_per_chunk=1, mb_per_step=0.001)
+    runtime = ElasticRuntime.join(seat, device=torch.device("cpu"), exchange_timeout_s=30, eplb=eplb)
 
     process, usage = psutil.Process(), []
 
@@ -292,6 +339,7 @@ def _work(
                 if any(death.point == "between" and death.nth == step for death in mine):
                     die()
                 _write(_path(folder, rank, step), lambda part, logits=logits: torch.save(logits, part))
+            rebalance(runtime, rounds, lambda step=step: model(tokens_of(rank, step)))
     runtime.finish()
     store = runtime.store
     end = {

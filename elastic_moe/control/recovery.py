@@ -8,14 +8,16 @@ second loss on the way simply begins again at the view.
 import enum
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 
+from elastic_moe.control.other_disks import Unread, read_elsewhere
 from elastic_moe.control.report import Report
-from elastic_moe.errors import PeerLost, TransferFailed
+from elastic_moe.errors import DigestMismatch, PeerLost, TransferFailed
+from elastic_moe.membership.current_epoch import CurrentEpoch
 from elastic_moe.membership.groups import EpochGroups
 from elastic_moe.membership.quorum import Membership
 from elastic_moe.membership.view import Member, View
@@ -28,6 +30,7 @@ from elastic_moe.weights.store import UNKNOWN, ExpertStore
 
 log = logging.getLogger("elastic_moe.recovery")
 
+DEADLINE_S = 60.0
 MOVES_IN_FLIGHT = 64
 """Experts on their way between ranks at once; bounds the receive buffers of the transport."""
 
@@ -52,29 +55,23 @@ class Recovery:
         self,
         me: Member,
         membership: Membership,
+        epoch: CurrentEpoch,
         topology: Topology,
         store: ExpertStore,
         device: torch.device,
         *,
         exchange_timeout_s: float,
         grow_slots: bool,
-        knock: Callable[[View], None],
-        enter: Callable[[View, EpochGroups], None],
-        leave: Callable[[View], None],
     ) -> None:
-        """`knock` tells the members of a view that this process waits for a place. `enter` hands over each new view
-        with its groups, before they are built, so that other threads may abort them; `leave` aborts them and tells
-        the view's members to do so too."""
+        """`epoch` enters each new view with its groups before they are built, so that other threads may abort them."""
         self._me = me
         self._membership = membership
+        self._epoch = epoch
         self._topology = topology
         self._store = store
         self._device = device
         self._exchange_timeout_s = exchange_timeout_s
         self._grow_slots = grow_slots
-        self._knock = knock
-        self._enter = enter
-        self._leave = leave
         self._newcomer = False
         self._seconds: dict[str, float] = {}
         self._bytes = np.zeros(len(Distance), dtype=np.int64)
@@ -82,7 +79,7 @@ class Recovery:
         self._lower_bound = 0
 
     def run(
-        self, view: View, version: int, reason: str, deadline_s: float, *, newcomer: bool
+        self, view: View, version: int, reason: str, *, newcomer: bool, deadline_s: float = DEADLINE_S
     ) -> tuple[Placement, Report]:
         """Go from `view` to a later one, in which all members agree on a placement.
 
@@ -90,13 +87,13 @@ class Recovery:
             view: the last known; its groups are aborted already.
             version: of the last placement committed here.
             reason: what was noticed, for the report.
-            deadline_s: give up after this many seconds.
             newcomer: this process has never been a member; what it holds must have the digests of the group.
+            deadline_s: give up after this many seconds.
 
         Raises:
             PeerLost: no agreement within the deadline.
             NotEnoughSlots: the members' slots cannot hold all experts; the view and its groups are good.
-            TransferFailed: an expert can be had from no source.
+            TransferFailed: an expert can be had from no source, on all members; the view and its groups are good.
         """
         old, noticed_at, begin, attempts = view, time.time(), time.monotonic(), 0
         self._newcomer = newcomer
@@ -104,16 +101,16 @@ class Recovery:
             attempts += 1
             try:
                 with self._phase(Phase.VIEW):
-                    view = self._membership.next_view(view, self._knock, deadline_s)
+                    view = self._membership.next_view(view, self._epoch.knock, deadline_s)
                 with self._phase(Phase.GROUPS):
                     groups = EpochGroups(view, self._me.rank, self._device, self._exchange_timeout_s)
-                    self._enter(view, groups)
+                    self._epoch.enter(view, groups)
                     groups.build()
                 placement = self._repair(view, groups, version)
                 break
             except PeerLost as error:
                 log.warning("recovery attempt %d: %s", attempts, error)
-                self._leave(view)
+                self._epoch.leave(view)
                 if time.monotonic() - begin > deadline_s:
                     raise
         report = Report(
@@ -137,17 +134,24 @@ class Recovery:
             held, version = self._gather(groups, version)
             placement, held = self._plan(held, view, version + 1)
             plan = plan_transfers(held, placement, view.ranks, self._topology)
-            failure = self._transfer(plan, groups)
+            unread = self._transfer(plan, groups)
         with self._phase(Phase.COMMIT):
-            brought = np.zeros((self._topology.num_ranks, len(SOURCES)), dtype=np.int64)
-            brought[self._me.rank] = self._bytes
-            failed, *brought = groups.control.all_reduce_max([int(failure is not None), *brought.ravel().tolist()])
-            if failure is not None:
-                raise failure
-            if failed:
-                raise PeerLost(f"a member of epoch {view.epoch} could not restore its experts")
-            self._bytes = np.reshape(brought, (-1, len(SOURCES))).sum(axis=0)
+            if self._vote(unread, groups):
+                left = read_elsewhere(unread, self._store, groups)
+                self._bytes[Distance.OUTSIDE] += (len(unread) - len(left)) * self._store.expert_bytes
+                if self._vote(left, groups):
+                    others = TransferFailed(f"a member of epoch {view.epoch} can have an expert from no source")
+                    raise left[0].why if left else others
         return placement
+
+    def _vote(self, unread: Sequence[Unread], groups: EpochGroups) -> bool:
+        """Whether any member lacks an expert; if none does, all know the bytes of the whole group."""
+        brought = np.zeros((self._topology.num_ranks, len(SOURCES)), dtype=np.int64)
+        brought[self._me.rank] = self._bytes
+        lacking, *brought = groups.control.all_reduce_max([int(bool(unread)), *brought.ravel().tolist()])
+        if not lacking:
+            self._bytes = np.reshape(brought, (-1, len(SOURCES))).sum(axis=0)
+        return bool(lacking)
 
     def _gather(self, groups: EpochGroups, version: int) -> tuple[np.ndarray, int]:
         """What every seat holds, int32 [L, R * S]; and the newest placement version of all."""
@@ -180,8 +184,8 @@ class Recovery:
         )
         return placement, held
 
-    def _transfer(self, plan: TransferPlan, groups: EpochGroups) -> TransferFailed | None:
-        """Fill this rank's new slots, and serve the others'. Returns why not, for the vote."""
+    def _transfer(self, plan: TransferPlan, groups: EpochGroups) -> list[Unread]:
+        """Fill this rank's new slots, and serve the others'. Returns those that could not be filled."""
         store, rank = self._store, self._me.rank
         for move in plan.local_of(rank):
             source = store.tensors(move.layer, move.source % plan.slots_per_rank)
@@ -196,25 +200,32 @@ class Recovery:
             write=lambda m: store.vacate(m.layer, m.target % plan.slots_per_rank),
             in_flight=MOVES_IN_FLIGHT,
         )
-        try:
-            for move in plan.moves:
-                if plan.rank_of(move.target) == rank:
-                    self._accept(move.layer, move.target % plan.slots_per_rank, move.expert, plan.distance(move))
-        except TransferFailed as error:
-            return error
-        return None
+        unread = []
+        for move in plan.moves:
+            if plan.rank_of(move.target) == rank:
+                layer, slot, expert = move.layer, move.target % plan.slots_per_rank, move.expert
+                if why := self._accept(layer, slot, expert, plan.distance(move)):
+                    unread.append(Unread(layer, slot, expert, why))
+        return unread
 
-    def _accept(self, layer: int, slot: int, expert: int, distance: Distance) -> None:
+    def _accept(self, layer: int, slot: int, expert: int, distance: Distance) -> TransferFailed | None:
+        """Verify what was moved into a slot, or read it from disk. Returns why not."""
         store = self._store
         if distance is not Distance.OUTSIDE:
             if store.accept(layer, slot, expert):
                 self._bytes[distance] += store.expert_bytes
-                return
+                return None
             self._rejected += 1
             log.warning("layer %d expert %d: the %s copy has a wrong digest; reading the disk", layer, expert, distance)
         store.vacate(layer, slot)
-        store.read_from_disk(layer, slot, expert)
+        try:
+            store.read_from_disk(layer, slot, expert)
+        except TransferFailed as error:
+            self._rejected += isinstance(error, DigestMismatch)
+            log.warning("%s; asking the other ranks", error)
+            return error
         self._bytes[Distance.OUTSIDE] += store.expert_bytes
+        return None
 
     @contextmanager
     def _phase(self, phase: Phase) -> Iterator[None]:

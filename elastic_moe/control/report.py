@@ -3,7 +3,7 @@
 import msgspec
 
 
-class Report(msgspec.Struct, frozen=True):
+class Report(msgspec.Struct, tag="recovery", frozen=True):
     """One recovery as one rank saw it. Times are seconds; `noticed_at` is wall-clock (Unix) time."""
 
     epoch: int
@@ -21,3 +21,34 @@ class Report(msgspec.Struct, frozen=True):
     rejected: int
     """Copies refused because their digest was wrong."""
     attempts: int
+
+
+class RebalanceReport(msgspec.Struct, tag="rebalance", frozen=True):
+    """One round of the load balancer, the same on every rank but for `ops` and the times.
+
+    Times are seconds, bytes those of the whole group.
+    """
+
+    epoch: int
+    number: int
+    """Of the round in its epoch, from 1; every rank tells of each."""
+    version: int
+    """Of the placement in use after the round."""
+    ops: tuple[str, ...]
+    """Names of the requests that this round has answered."""
+    outcome: str
+    """`moved`, `kept` (the placement is good enough), or `failed` (the placement of before stays in use)."""
+    reason: str
+    max_mean_before: float = 0.0
+    """Load of the fullest rank over the mean, averaged over the layers."""
+    max_mean_after: float = 0.0
+    """The same, expected of the new placement under the same loads."""
+    balancedness: list[float] = []
+    """Mean load of the ranks over that of the fullest, before, by layer: 1 is perfect."""
+    num_moves: int = 0
+    """Experts that came into slots."""
+    num_chunks: int = 0
+    phase_s: dict[str, float] = {}
+    bytes_by_source: dict[str, int] = {}
+    bytes_lower_bound: int = 0
+    """Bytes of the experts that came to ranks which did not hold them."""

@@ -7,7 +7,7 @@ and built anew at any time, and a user's own `init_process_group` is left alone.
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeout
 from datetime import timedelta
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from elastic_moe.background import end_process, start_thread
 from elastic_moe.errors import PeerLost
 from elastic_moe.membership.connections import Connections, listening_ports
 from elastic_moe.membership.view import View
@@ -29,6 +30,8 @@ BUILD_TIMEOUT_S = 3.0
 TURN_S = 0.05
 """How long a rank may stay in a call after it has left the group, at the most."""
 BURY_S = 10.0
+_MAKING = threading.Lock()
+"""A gloo device is known by the port that is new in this process; two must not be made at once."""
 _NCCL = getattr(dist, "ProcessGroupNCCL", ())
 """Its works are done when they are queued, and its abort does free who waits."""
 
@@ -43,7 +46,8 @@ class Group:
         self._may_be_left = not isinstance(backend, _NCCL)
         self._name = name
         self._epoch = epoch
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
+        """Deadline of every call, in seconds."""
         self.rank = backend.rank()
         self.size = backend.size()
         self.waiting = False
@@ -74,21 +78,42 @@ class Group:
         Raises:
             PeerLost: a peer died, left, or missed the deadline.
         """
-        if self.size == 1:
-            return list(values)
-        tensor = torch.tensor(values, dtype=torch.int64)
-        options = dist.AllreduceOptions()
-        options.reduceOp = dist.ReduceOp.MAX  # pyright: ignore[reportAttributeAccessIssue]
-        self._wait("all_reduce", lambda: self._backend.allreduce([tensor], options))
-        return tensor.tolist()
+        return self.all_reduce_max_array(np.array(values, dtype=np.int64)).tolist()
 
     def all_reduce_max_array(self, values: np.ndarray) -> np.ndarray:
-        """The largest value at each place of an int64 array of the same shape everywhere.
+        """The largest value at each place of an int64 array of the same shape everywhere; a new array.
 
         Raises:
             PeerLost: a peer died, left, or missed the deadline.
         """
-        return np.array(self.all_reduce_max(values.ravel().tolist()), dtype=np.int64).reshape(values.shape)
+        return self._all_reduce(values, dist.ReduceOp.MAX)
+
+    def all_reduce_sum_array(self, values: np.ndarray) -> np.ndarray:
+        """The sum at each place of an int64 array of the same shape everywhere; a new array.
+
+        Raises:
+            PeerLost: a peer died, left, or missed the deadline.
+        """
+        return self._all_reduce(values, dist.ReduceOp.SUM)
+
+    def broadcast(self, message: bytes | None) -> bytes:
+        """The message of the one rank that gives one, on every rank.
+
+        Raises:
+            PeerLost: a peer died, left, or missed the deadline.
+        """
+        (size,) = self.all_reduce_max([len(message or b"")])
+        padded = (message or b"").ljust(size + -size % 8, b"\0")
+        words = self.all_reduce_sum_array(np.frombuffer(padded if message else bytes(len(padded)), dtype=np.int64))
+        return words.tobytes()[:size]
+
+    def _all_reduce(self, values: np.ndarray, op: Any) -> np.ndarray:
+        reduced = np.array(values, dtype=np.int64)
+        if self.size > 1:
+            options = dist.AllreduceOptions()
+            options.reduceOp = op
+            self._wait("all_reduce", lambda: self._backend.allreduce([torch.from_numpy(reduced)], options))
+        return reduced
 
     def exchange(self, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> None:
         """Send and receive tensors point to point, all at once: (tensor, group rank, tag), contiguous tensors.
@@ -98,14 +123,19 @@ class Group:
         Raises:
             PeerLost: a peer died, left, or missed the deadline.
         """
-        if sends or receives:
-            self._wait(
-                "exchange",
-                lambda: _All(
-                    [self._backend.send([tensor], peer, tag) for tensor, peer, tag in sends]
-                    + [self._backend.recv([tensor], peer, tag) for tensor, peer, tag in receives]
-                ),
-            )
+        self.post(sends, receives).wait()
+
+    def post(self, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> "Posted":
+        """Begin what `exchange` does, and do not wait: isend and irecv.
+
+        Raises:
+            PeerLost: this rank has left the group, or a connection is known to be broken.
+        """
+        with self._told_as_lost("post", time.monotonic()):
+            self._refuse_if_aborted()
+            works = [self._backend.send([tensor], peer, tag) for tensor, peer, tag in sends]
+            works += [self._backend.recv([tensor], peer, tag) for tensor, peer, tag in receives]
+        return Posted(self, works)
 
     def barrier(self) -> None:
         """Wait for all ranks.
@@ -126,38 +156,46 @@ class Group:
             self._aborted = True
         if self.size > 1:
             self._abort(self._backend)
-            threading.Thread(target=_bury, args=(self._backend,), name="bury", daemon=True).start()
+            start_thread("bury", _bury, self._backend, on_error=end_process)
 
     def _refuse_if_aborted(self) -> None:
         if self._aborted:
             raise RuntimeError("this rank has left the group")
 
-    def _wait(self, op: str, start: "Callable[[], dist.Work | _All]") -> None:
-        begin = time.monotonic()
+    def _wait(self, op: str, start: Callable[[], dist.Work]) -> None:
         self.waiting = True
         try:
-            self._refuse_if_aborted()
-            work = start()
-            while not self._is_done(work):
+            with self._told_as_lost(op, time.monotonic()):
                 self._refuse_if_aborted()
-            work.wait()
-        except RuntimeError as error:
-            reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-            raise PeerLost(
-                f"{op} on group {self._name} of epoch {self._epoch} broke off on group rank {self.rank} of {self.size} "
-                f"after {time.monotonic() - begin:.3f} s (deadline {self._timeout_s} s): {reason}"
-            ) from error
+                work = start()
+                while not self._is_done(work):
+                    self._refuse_if_aborted()
+                work.wait()
         finally:
             self.waiting = False
 
-    def _is_done(self, work: "dist.Work | _All") -> bool:
+    @contextlib.contextmanager
+    def _told_as_lost(self, op: str, begin: float) -> Iterator[None]:
+        """The backend's errors become PeerLost."""
+        try:
+            yield
+        except RuntimeError as error:
+            if isinstance(error, PeerLost):
+                raise
+            reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+            raise PeerLost(
+                f"{op} on group {self._name} of epoch {self._epoch} broke off on group rank {self.rank} of {self.size} "
+                f"after {time.monotonic() - begin:.3f} s (deadline {self.timeout_s} s): {reason}"
+            ) from error
+
+    def _is_done(self, work: dist.Work) -> bool:
         """Whether `work` has ended, or its `wait` can be trusted to end with an abort. Waits a little.
 
         gloo has been seen not to notice that its sockets are shut until the deadline, so its collectives are waited
         for in turns, and left behind when the group is aborted. (A point-to-point work with a timeout would break off
         the others of its group.)
         """
-        if not self._may_be_left or isinstance(work, _All):
+        if not self._may_be_left:
             return True
         try:
             work.wait(timedelta(seconds=TURN_S))
@@ -172,21 +210,34 @@ def _bury(backend: Any) -> None:
     del backend
 
 
-class _All:
-    """Several works as one."""
+class Posted:
+    """Messages on their way, of `Group.post`."""
 
-    def __init__(self, works: list[dist.Work]) -> None:
+    def __init__(self, group: Group, works: list[dist.Work]) -> None:
+        self._group = group
         self._works = works
 
     def wait(self) -> None:
-        for work in self._works:
-            work.wait()
+        """Wait until all have gone out and come in.
+
+        Raises:
+            PeerLost: a peer died, left, or missed the deadline.
+        """
+        group = self._group
+        group.waiting = True
+        try:
+            with group._told_as_lost("exchange", time.monotonic()):
+                for work in self._works:
+                    work.wait()
+        finally:
+            group.waiting = False
 
 
 class EpochGroups:
     """`control` (gloo, CPU) carries signals, `data` (gloo or NCCL) carries tokens and weights.
 
-    Made for a view, then built together with its other members; `abort` ends either, at any time.
+    Made for a view, then built together with its other members; `abort` ends all, at any time. Work in the background
+    opens CPU groups of its own.
     """
 
     control: Group
@@ -208,6 +259,9 @@ class EpochGroups:
         self._device = device
         self._timeout_s = timeout_s
         self._built: Future[tuple[Group, Group]] = Future()
+        self._lock = threading.Lock()
+        self._opened: list[Group] = []
+        self._left = False
 
     def build(self) -> "EpochGroups":
         """Connect to all members over the store that the view's first one offers. Collective.
@@ -217,7 +271,7 @@ class EpochGroups:
         Raises:
             PeerLost: a member did not come in time, or `abort` was called.
         """
-        threading.Thread(target=self._connect, name="groups", daemon=True).start()
+        start_thread("groups", self._connect, on_error=self._built.set_exception)
         try:
             self.control, self.data = self._built.result(BUILD_TIMEOUT_S)
         except FutureTimeout:
@@ -228,23 +282,51 @@ class EpochGroups:
     @property
     def waiting(self) -> bool:
         """Whether a call is in flight in either group, or they are being built."""
-        return not self._built.done() or self.control.waiting or self.data.waiting
+        if not self._built.done():
+            return True
+        return self._built.exception() is None and any(group.waiting for group in self._built.result())
+
+    def open(self, name: str, timeout_s: float) -> Group:
+        """One more gloo group of all members, on the CPU, with a deadline of its own. Collective; waits for all.
+
+        Raises:
+            PeerLost: a member did not come within `timeout_s`, or `abort` was called.
+        """
+        try:
+            group = self._group(_gloo, name, self._store(timeout_s), timeout_s, timeout_s)
+        except (RuntimeError, OSError) as error:
+            raise PeerLost(f"group {name} of epoch {self.epoch}: {str(error).splitlines()[0]}") from error
+        with self._lock:
+            self._opened.append(group)
+            left = self._left
+        if left:
+            group.abort()
+            raise PeerLost(f"group {name} of epoch {self.epoch}: left while it was opened")
+        return group
 
     def abort(self) -> None:
-        """Give up the build, or abort both groups, see `Group.abort`. Safe to call twice and from any thread."""
+        """Give up the build, or abort all groups, see `Group.abort`. Safe to call twice and from any thread."""
         self._fail("left while they were built")
+        with self._lock:
+            self._left = True
+            groups = list(self._opened)
         if self._built.exception() is None:
-            for group in self._built.result():
-                group.abort()
+            groups += self._built.result()
+        for group in groups:
+            group.abort()
+
+    def _store(self, timeout_s: float) -> dist.Store:
+        """A client of the store of the view's first member, under the prefix of this epoch."""
+        host, port = self._view.members[0].store.rsplit(":", 1)
+        store = dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=timeout_s))
+        return dist.PrefixStore(f"elastic_moe/{self.epoch}/{self._view.digest}", store)
 
     def _connect(self) -> None:
-        host, port = self._view.members[0].store.rsplit(":", 1)
-        limit = timedelta(seconds=BUILD_TIMEOUT_S)
         try:
-            store = dist.TCPStore(host, int(port), is_master=False, timeout=limit)
-            prefix = dist.PrefixStore(f"elastic_moe/{self.epoch}/{self._view.digest}", store)
+            prefix = self._store(BUILD_TIMEOUT_S)
             data = _gloo if self._device.type == "cpu" else _nccl
-            control, data = self._group(_gloo, "control", prefix), self._group(data, "data", prefix)
+            control = self._group(_gloo, "control", prefix, BUILD_TIMEOUT_S, self._timeout_s)
+            data = self._group(data, "data", prefix, BUILD_TIMEOUT_S, self._timeout_s)
         except (RuntimeError, OSError) as error:
             self._fail(str(error).splitlines()[0])
             return
@@ -254,26 +336,27 @@ class EpochGroups:
             control.abort()
             data.abort()
 
-    def _group(self, make: "MakeBackend", name: str, prefix: dist.Store) -> Group:
-        backend, abort = make(dist.PrefixStore(name, prefix), self._view, self._rank)
-        backend._set_default_timeout(timedelta(seconds=self._timeout_s))
-        return Group(backend, abort, name, self.epoch, self._timeout_s)
+    def _group(self, make: "MakeBackend", name: str, prefix: dist.Store, build_s: float, timeout_s: float) -> Group:
+        backend, abort = make(dist.PrefixStore(name, prefix), self._view, self._rank, timedelta(seconds=build_s))
+        backend._set_default_timeout(timedelta(seconds=timeout_s))
+        return Group(backend, abort, name, self.epoch, timeout_s)
 
     def _fail(self, reason: str) -> None:
         with contextlib.suppress(InvalidStateError):  # they are built, or have failed before
             self._built.set_exception(PeerLost(f"groups of epoch {self.epoch} (ranks {list(self.ranks)}): {reason}"))
 
 
-MakeBackend = Callable[[dist.Store, View, int], tuple[Any, Callable[[Any], None]]]
-"""(store, view, EP rank) -> the process group, and how to abort it."""
+MakeBackend = Callable[[dist.Store, View, int, timedelta], tuple[Any, Callable[[Any], None]]]
+"""(store, view, EP rank, limit of the build) -> the process group, and how to abort it."""
 
 
-def _gloo(store: dist.Store, view: View, rank: int) -> tuple[Any, Callable[[Any], None]]:
+def _gloo(store: dist.Store, view: View, rank: int, limit: timedelta) -> tuple[Any, Callable[[Any], None]]:
     options = dist.ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue]
-    options._timeout = timedelta(seconds=BUILD_TIMEOUT_S)
-    before = set(listening_ports())
-    options._devices = [dist.ProcessGroupGloo.create_device(hostname=view.member(rank).host)]
-    ports = set(listening_ports()) - before
+    options._timeout = limit
+    with _MAKING:
+        before = set(listening_ports())
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=view.member(rank).host)]
+        ports = set(listening_ports()) - before
     store.set(f"ports/{rank}", ",".join(map(str, ports)))
     backend = dist.ProcessGroupGloo(store, view.group_rank(rank), len(view.members), options)
     said = store.multi_get([f"ports/{member.rank}" for member in view.members])
@@ -287,8 +370,8 @@ def _gloo(store: dist.Store, view: View, rank: int) -> tuple[Any, Callable[[Any]
     return backend, lambda _group: connections.shut()
 
 
-def _nccl(store: dist.Store, view: View, rank: int) -> tuple[Any, Callable[[Any], None]]:
+def _nccl(store: dist.Store, view: View, rank: int, limit: timedelta) -> tuple[Any, Callable[[Any], None]]:
     options = dist.ProcessGroupNCCL.Options()
-    options._timeout = timedelta(seconds=BUILD_TIMEOUT_S)
+    options._timeout = limit
     backend = dist.ProcessGroupNCCL(store, view.group_rank(rank), len(view.members), options)
     return backend, lambda group: group.abort()

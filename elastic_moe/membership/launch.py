@@ -5,6 +5,8 @@ from collections.abc import Mapping
 
 import msgspec
 
+from elastic_moe.placement.topology import Topology
+
 SUPERVISOR_FD = "ELASTIC_MOE_SUPERVISOR_FD"
 
 
@@ -24,6 +26,11 @@ class Launch(msgspec.Struct, frozen=True):
     """Names this start of the launch, so that a restarted one does not read the records of the last."""
     supervisor_fd: int | None = None
     """The line to the supervisor of this process, if `elastic_moe.supervise` has started it."""
+
+    @property
+    def topology(self) -> Topology:
+        """The seats: torchrun deals its ranks in order, the same number to each node."""
+        return Topology.uniform(self.world_size, self.local_world_size)
 
     @classmethod
     def from_torchrun(cls, environ: Mapping[str, str]) -> "Launch":

@@ -8,7 +8,8 @@ import msgspec
 import torch.distributed as dist
 
 from elastic_moe.errors import PeerLost
-from elastic_moe.membership.launch import Launch
+from elastic_moe.membership.channel import SeatStart
+from elastic_moe.membership.launch import Launch, host_of
 from elastic_moe.membership.signals import Signals
 from elastic_moe.membership.view import Member, View
 
@@ -16,19 +17,10 @@ from elastic_moe.membership.view import Member, View
 class Seat:
     """This process as it enters the group: its `member` record, and what it offers to the others."""
 
-    def __init__(
-        self,
-        launch: Launch,
-        host: str = "127.0.0.1",
-        *,
-        signals_port: int = 0,
-        address: str = "",
-        weights: str = "",
-        lighthouse: str = "",
-    ) -> None:
-        """`host` is this host's address for its peers, `signals_port` see `SeatStart`; `address` and `weights` are
-        endpoints for front ends and for newcomers (if it serves them), `lighthouse` the URL of the one beside it."""
-        self.signals = Signals(host, signals_port)
+    def __init__(self, start: SeatStart, *, address: str = "", weights: str = "") -> None:
+        """`address` and `weights` are endpoints for front ends and for newcomers, if it serves them."""
+        launch, host = start.launch, host_of(start.launch)
+        self.signals = Signals(host, start.signals_port)
         self.store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
         self.member = Member(
             rank=launch.rank,
@@ -40,7 +32,7 @@ class Seat:
             store=f"{host}:{self.store.port}",
             address=address,
             weights=weights,
-            lighthouse=lighthouse,
+            lighthouse=start.lighthouse,
         )
 
 

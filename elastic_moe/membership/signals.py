@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 import zmq
 
+from elastic_moe.background import OnError, end_process, start_thread
 from elastic_moe.membership.view import Member, View
 
 PING_S = 0.5
@@ -121,10 +122,17 @@ class Signals:
         """Call `handler(word)`, in the signals' thread, for each word of a kind. Words without one are dropped."""
         self._handlers[kind] = handler
 
-    def start(self, incarnation: str, silence_s: float, on_silence: Callable[[Member], None]) -> None:
-        """Listen; call `on_silence(member)` when a neighbour has said nothing for `silence_s` seconds."""
+    def start(
+        self,
+        incarnation: str,
+        silence_s: float,
+        on_silence: Callable[[Member], None],
+        on_error: OnError = end_process,
+    ) -> None:
+        """Listen; call `on_silence(member)` when a neighbour has said nothing for `silence_s` seconds, and `on_error`
+        if a handler raises, after which nothing is heard any more."""
         self._silence_s, self._on_silence = silence_s, on_silence
-        threading.Thread(target=self._serve, args=(Alive(incarnation),), name="signals", daemon=True).start()
+        start_thread("signals", self._serve, Alive(incarnation), on_error=on_error)
 
     def tell(self, members: Iterable[Member], word: Word) -> None:
         """Send one word to each member. From any thread."""

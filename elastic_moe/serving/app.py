@@ -8,7 +8,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from elastic_moe.serving.api_errors import install_error_handlers
+from elastic_moe.serving.api_errors import ApiError, install_error_handlers
 from elastic_moe.serving.gateway import Gateway
 from elastic_moe.serving.openai_api import OpenAIApi
 from elastic_moe.serving.served_model import ServedModel
@@ -40,6 +40,21 @@ def create_app(gateway: Gateway, model: ServedModel) -> FastAPI:
         if "text/event-stream" in request.headers.get("accept", ""):
             return StreamingResponse(_sse(gateway), media_type="text/event-stream")
         return _json(gateway.events.all())
+
+    @app.post("/elastic/rebalance")
+    async def rebalance() -> Response:
+        return _json(gateway.balance.rebalance(), HTTPStatus.ACCEPTED)
+
+    @app.get("/elastic/ops/{name}")
+    async def operation(name: str) -> Response:
+        found = gateway.balance.operation(name)
+        if found is None:
+            raise ApiError(HTTPStatus.NOT_FOUND, f"no operation {name!r} here; POST /elastic/rebalance names one")
+        return _json(found)
+
+    @app.get("/elastic/loads")
+    async def loads() -> Response:
+        return _json(await gateway.balance.loads())
 
     return app
 

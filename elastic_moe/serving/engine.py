@@ -1,11 +1,12 @@
 """The engine process: one rank's model, its requests, and the loop that keeps all ranks in step."""
 
 import argparse
+import contextlib
 import logging
+import math
 import os
 import queue
 import sys
-import threading
 import time
 
 import psutil
@@ -13,8 +14,9 @@ import torch
 from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
 from transformers import PreTrainedModel
 
+from elastic_moe.background import end_process, start_thread
 from elastic_moe.config import ModelConfig
-from elastic_moe.errors import ElasticError, NotEnoughSlots, PeerLost
+from elastic_moe.errors import ElasticError, NotEnoughSlots, PeerLost, TransferFailed
 from elastic_moe.integrations.transformers import LoadTimer, elasticize, meta_model
 from elastic_moe.membership.channel import Beat, Channel, EngineStart, Ready, Refused, ViewChanged
 from elastic_moe.membership.launch import host_of
@@ -23,9 +25,12 @@ from elastic_moe.membership.supervised import BEAT_S, die_with_supervisor
 from elastic_moe.runtime import ElasticRuntime
 from elastic_moe.serving.batching import Batcher
 from elastic_moe.serving.mailbox import Mailbox
-from elastic_moe.serving.protocol import Cancel, Event, Status, Submit, Tokens
+from elastic_moe.serving.protocol import Cancel, Event, Rebalance, Status, Submit, Tokens
 
 log = logging.getLogger("elastic_moe.engine")
+
+SOURCES_AGAIN_S = 5.0
+"""An expert that can be had from no source now is asked for again after this long."""
 
 
 class Engine:
@@ -44,21 +49,20 @@ class Engine:
         self._phase, self._reason = "loading", ""
         self._load_seconds = 0.0
         self._process = psutil.Process()
-        self._handshakes = 0
         self._woken_for = 0
         self._asleep = False
         self._pending = False
         config, launch = start.config, start.seat.launch
         device = pick_device(config.model, launch.local_rank, launch.local_world_size)
         model = meta_model(config.model.path, pick_dtype(config.model.dtype))
-        self._mailbox = Mailbox(host_of(launch), self.status)
+        self._mailbox = Mailbox(host_of(launch), self.status, lambda: self.runtime.rebalancer.local_loads())
         self.runtime = self._join(device)
         self.runtime.on_change = lambda: self._mailbox.inbox.put(None)
         self.runtime.signals.on(Wake, self._be_woken)
-        self._mailbox.start()
+        self._mailbox.start(self.runtime.fail)
         self._model = self._load(model)
         self._batcher = Batcher(self._model, config.serving, eos_token_ids(self._model), self._deliver)
-        threading.Thread(target=self._beat, name="beat", daemon=True).start()
+        start_thread("beat", self._beat, on_error=self.runtime.fail)
 
     def _join(self, device: torch.device) -> ElasticRuntime:
         elastic = self._config.elastic
@@ -71,6 +75,7 @@ class Engine:
             silence_timeout_s=elastic.hang_timeout_s,
             lighthouses=[url for url in elastic.lighthouse.split(",") if url],
             grow_slots=elastic.grow_slots,
+            eplb=self._config.eplb,
         )
 
     def _load(self, model: PreTrainedModel) -> PreTrainedModel:
@@ -101,7 +106,6 @@ class Engine:
 
         Raises:
             PeerLost: no agreement with anybody within a minute.
-            TransferFailed: an expert can be had from no source.
         """
         if self._seat.rejoin is not None:
             self._recover("joining")
@@ -117,11 +121,11 @@ class Engine:
         self._take_mail()
         if not self._pending:
             self._pending = self._batcher.prepare()
-        self._handshakes += 1
-        if self._asleep and self._woken_for < self._handshakes:
+        next_handshake = self.runtime.handshakes + 1
+        if self._asleep and self._woken_for < next_handshake:
             view = self.runtime.view
             others = [m for m in view.members if m.rank != self.runtime.rank]
-            self.runtime.signals.tell(others, Wake(view.epoch, self._handshakes))
+            self.runtime.signals.tell(others, Wake(view.epoch, next_handshake))
         (work,) = self.runtime.agree(int(self._pending))
         self._asleep = not work
         if work and self._pending:
@@ -139,17 +143,23 @@ class Engine:
             try:
                 report = self.runtime.recover(reason)
                 break
-            except NotEnoughSlots as error:
+            except (NotEnoughSlots, TransferFailed) as error:
                 self._phase, self._reason = "unavailable", str(error)
                 log.error("%s; waiting for a rank to join", error)  # noqa: TRY400 - expected, and told in one line
                 self._mailbox.announce()
-                while not self.runtime.change_is_wanted:
-                    self._take(self._mailbox.inbox.get())
-                reason = "the group changes again"
-        self._handshakes = self._woken_for = 0
+                self._wait_for_change(math.inf if isinstance(error, NotEnoughSlots) else SOURCES_AGAIN_S)
+                reason = "the group changes, or tries again"
+        self._woken_for = 0
         self._asleep = False
         self._serving()
         self._mailbox.send(Event(self.runtime.rank, report))
+
+    def _wait_for_change(self, at_most_s: float) -> None:
+        """Take mail until the group changes or the time is over."""
+        end = time.monotonic() + at_most_s
+        while not self.runtime.change_is_wanted and (left := end - time.monotonic()) > 0:
+            with contextlib.suppress(queue.Empty):
+                self._take(self._mailbox.inbox.get(timeout=min(left, SOURCES_AGAIN_S)))
 
     def _serving(self) -> None:
         self._phase, self._reason = "serving", ""
@@ -165,15 +175,26 @@ class Engine:
             except queue.Empty:
                 return
             self._take(message)
+            self._tell_of_rebalances()
 
     def _must_wake(self) -> bool:
-        return self._woken_for > self._handshakes or self._batcher.has_requests or self.runtime.change_is_wanted
+        runtime = self.runtime
+        wanted = runtime.change_is_wanted or runtime.rebalancer.wants_steps
+        return wanted or self._woken_for > runtime.handshakes or self._batcher.has_requests
 
-    def _take(self, message: Submit | Cancel | None) -> None:
+    def _tell_of_rebalances(self) -> None:
+        reports = self.runtime.rebalancer.reports
+        while not reports.empty():
+            self._mailbox.send(Event(self.runtime.rank, reports.get()))
+
+    def _take(self, message: Submit | Cancel | Rebalance | None) -> None:
         if isinstance(message, Submit):
             self._submit(message)
         elif isinstance(message, Cancel):
             self._batcher.cancel(message.request_id)
+        elif isinstance(message, Rebalance):
+            with contextlib.suppress(ValueError):  # it is off; front ends know that too
+                self.runtime.rebalancer.request(message.op)
 
     def _be_woken(self, word: Wake) -> None:
         """In the signals' thread."""
@@ -185,7 +206,7 @@ class Engine:
         """Tell the supervisor twice a second that this process lives, and whether it gets on."""
         while True:
             groups_wait = self._phase != "serving" or self.runtime.groups.waiting
-            progress = self._handshakes + self.runtime.steps
+            progress = self.runtime.handshakes + self.runtime.steps + self.runtime.rebalancer.progress
             if not self._channel.send(Beat(progress, working=not (self._asleep or groups_wait))):
                 return
             time.sleep(BEAT_S)
@@ -271,12 +292,14 @@ def main() -> None:
     )
     for name in ("ContinuousBatchingLogger", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    threading.Thread(target=die_with_supervisor, args=(channel,), daemon=True).start()
+    start_thread("supervisor", die_with_supervisor, channel, on_error=end_process)
     try:
         _serve(start, channel)
     except ElasticError as error:
         log.error("%s", error)  # noqa: TRY400 - expected, and told in one line
-        os._exit(1)
+    except Exception:
+        log.exception("this rank ends")
+    end_process()
 
 
 def _serve(start: EngineStart, channel: Channel) -> None:

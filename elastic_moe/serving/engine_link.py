@@ -7,7 +7,7 @@ import zmq
 import zmq.asyncio
 
 from elastic_moe.membership.view import Member
-from elastic_moe.serving.protocol import Cancel, Event, Hello, Status, Submit, Tokens, decode_to_front_end, encode
+from elastic_moe.serving.protocol import Status, Submit, ToEngine, ToFrontEnd, decode_to_front_end, encode
 from elastic_moe.serving.routing import SILENT, STATUS_MAX_AGE_S, RankLoad
 
 logger = logging.getLogger(__name__)
@@ -29,13 +29,13 @@ class EngineLink:
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.connect(member.address)
 
-    def send(self, message: Submit | Cancel | Hello) -> None:
+    def send(self, message: ToEngine) -> None:
         """Send without waiting. Nobody hears of a loss here: a lost engine leaves the view."""
         if isinstance(message, Submit):
             self._submitted_since_report += 1
         self._socket.send(encode(message))  # without a limit it is queued at once, so there is nothing to await
 
-    async def receive(self) -> Tokens | Status | Event:
+    async def receive(self) -> ToFrontEnd:
         """The next message of the engine. One that cannot be read is logged and left out."""
         while True:
             frame = await self._socket.recv()

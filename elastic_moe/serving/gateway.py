@@ -9,14 +9,16 @@ from types import TracebackType
 
 import zmq.asyncio
 
+from elastic_moe.control.report import RebalanceReport
 from elastic_moe.errors import ElasticError
 from elastic_moe.membership.view import View
+from elastic_moe.serving.balance_desk import BalanceDesk
 from elastic_moe.serving.cluster_status import ClusterStatus, MemberStatus, RequestStatus, newest_placement
 from elastic_moe.serving.engine_link import EngineLink
 from elastic_moe.serving.events import EventLog
 from elastic_moe.serving.journal import Entry, Journal, Owner
 from elastic_moe.serving.metrics import Metrics
-from elastic_moe.serving.protocol import DROPPED, Cancel, Event, Hello, Sampling, Status, Tokens
+from elastic_moe.serving.protocol import DROPPED, Cancel, Event, Hello, Loads, Sampling, Status, Tokens
 from elastic_moe.serving.routing import choose_rank
 
 HELLO_INTERVAL_S = 1.0
@@ -34,6 +36,10 @@ class GenerationFailed(ElasticError):
 
 class Stopping(GenerationFailed):
     """The front end is shutting down."""
+
+
+class Unavailable(GenerationFailed):
+    """No rank can serve now, and the ranks say why; those that come back may."""
 
 
 class Generation:
@@ -77,7 +83,15 @@ class Generation:
 class Gateway:
     """Owns the journal, the view and the links to its members. Everything runs in one event loop."""
 
-    def __init__(self, tasks: asyncio.TaskGroup, metrics: Metrics, *, max_in_flight: int, node: int = 0) -> None:
+    def __init__(
+        self,
+        tasks: asyncio.TaskGroup,
+        metrics: Metrics,
+        *,
+        max_in_flight: int,
+        node: int = 0,
+        eplb_mode: str = "off",
+    ) -> None:
         """Start saying hello to engines (none before the first `set_view`).
 
         Args:
@@ -85,6 +99,7 @@ class Gateway:
             metrics: where requests and tokens are counted.
             max_in_flight: requests in flight before `open` refuses.
             node: the node this runs on.
+            eplb_mode: how the engines balance their experts.
         """
         self.metrics = metrics
         self.stopping = ""
@@ -96,6 +111,8 @@ class Gateway:
         self._context = zmq.asyncio.Context()
         self._view: View | None = None
         self._links: dict[int, EngineLink] = {}
+        self.balance = BalanceDesk(eplb_mode, self._links)
+        """Rebalances that clients ask for, and loads."""
         self._listeners: dict[int, asyncio.Task[None]] = {}
         self._journal = Journal()
         self.events = EventLog(metrics)
@@ -109,10 +126,14 @@ class Gateway:
 
         Raises:
             TooManyRequests: `max_in_flight` requests are in flight.
+            Unavailable: no rank can serve, and it is not a matter of moments.
             Stopping: the front end is shutting down.
         """
         if self.stopping:
             raise Stopping(self.stopping)
+        if why_not := self._why_not():
+            self.metrics.requests.labels("rejected").inc()
+            raise Unavailable(why_not)
         if len(self._journal) >= self._max_in_flight:
             self.metrics.requests.labels("rejected").inc()
             raise TooManyRequests(f"{self._max_in_flight} requests are in flight already; try again later")
@@ -147,6 +168,7 @@ class Gateway:
             link = self._links[rank] = EngineLink(self._context, members[rank])
             self._listeners[rank] = self._tasks.create_task(self._listen(link))
             link.send(Hello(self._name))
+            self.balance.greet(link)
         orphans = self._journal.orphans(view)
         for entry in orphans:
             entry.owner = None
@@ -196,8 +218,15 @@ class Gateway:
         if not self._has_started:
             return "starting", f"these ranks are not serving yet: {', '.join(map(str, absent))}"
         if len(absent) == len(self._links):
-            return "unavailable", "no rank is serving"
+            return "unavailable", self._why_not() or "no rank is serving"
         return "serving", ""
+
+    def _why_not(self) -> str:
+        """Why the ranks cannot serve, as the first that says so does; empty when one serves, or all may soon."""
+        if len(self._absent_ranks()) < len(self._links):
+            return ""
+        reports = [link.status for _, link in sorted(self._links.items()) if link.status]
+        return next((report.reason for report in reports if report.phase == "unavailable"), "")
 
     def _absent_ranks(self) -> list[int]:
         """Members of the view that cannot be given requests now."""
@@ -244,6 +273,10 @@ class Gateway:
                 self._take(message)
             elif isinstance(message, Event):
                 self.events.add(message)
+                if isinstance(message.report, RebalanceReport):
+                    self.balance.finish(message.report)
+            elif isinstance(message, Loads):
+                self.balance.take(link.member.rank, message)
             else:
                 link.heard(message, time.monotonic())
                 self._follow(message)

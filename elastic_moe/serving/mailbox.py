@@ -1,14 +1,28 @@
 """The engine's message socket: a thread that receives for the step loop and sends for it."""
 
 import queue
-import threading
 import time
 from collections.abc import Callable
 
 import msgspec
+import numpy as np
 import zmq
 
-from elastic_moe.serving.protocol import DROPPED, Cancel, Event, Hello, Status, Submit, Tokens, decode_to_engine, encode
+from elastic_moe.background import OnError, end_process, start_thread
+from elastic_moe.serving.protocol import (
+    DROPPED,
+    AskLoads,
+    Cancel,
+    Event,
+    Hello,
+    Loads,
+    Rebalance,
+    Status,
+    Submit,
+    Tokens,
+    decode_to_engine,
+    encode,
+)
 
 STATUS_EVERY_S = 1.0
 FRONT_END_GONE_S = 10.0
@@ -18,9 +32,11 @@ FRONT_END_GONE_S = 10.0
 class Mailbox:
     """One ROUTER socket, served by one thread. The step loop reads `inbox`, waits on it, and calls `send`."""
 
-    def __init__(self, host: str, status: Callable[[], Status | None]) -> None:
-        """Bind a free port on `host`. `status` is called in the mailbox's thread; None while there is nothing to
-        tell."""
+    def __init__(
+        self, host: str, status: Callable[[], Status | None], loads: Callable[[], np.ndarray] | None = None
+    ) -> None:
+        """Bind a free port on `host`. `status` and `loads`, [L, E] in the window, are called in the mailbox's thread;
+        the status is None while there is nothing to tell."""
         self._context = zmq.Context()
         self._router = self._context.socket(zmq.ROUTER)
         self._router.setsockopt(zmq.LINGER, 200)
@@ -31,15 +47,15 @@ class Mailbox:
         self._sender = self._context.socket(zmq.PUSH)
         self._sender.connect("inproc://outbox")
         self._status = status
+        self._loads = loads
         self._front_ends: dict[bytes, float] = {}
         self._owners: dict[str, bytes] = {}
-        self.inbox: queue.SimpleQueue[Submit | Cancel | None] = queue.SimpleQueue()
+        self.inbox: queue.SimpleQueue[Submit | Cancel | Rebalance | None] = queue.SimpleQueue()
         """For the step loop; None only wakes it."""
-        self._thread = threading.Thread(target=self._serve, name="mailbox", daemon=True)
 
-    def start(self) -> None:
-        """Start answering."""
-        self._thread.start()
+    def start(self, on_error: OnError = end_process) -> None:
+        """Start answering. `on_error` is told if the thread dies."""
+        start_thread("mailbox", self._serve, on_error=on_error)
 
     def send(self, message: Tokens | Event) -> None:
         """Tokens to the front end that owns the request, events to all. From the step loop's thread only."""
@@ -80,6 +96,11 @@ class Mailbox:
             status = self._status() if new else None
             if status:
                 self._router.send_multipart([sender, encode(status)])
+            return
+        if isinstance(message, AskLoads):
+            ready = self._loads is not None and self._status() is not None
+            loads = np.rint(self._loads()).astype(np.int64).tolist() if self._loads and ready else []
+            self._router.send_multipart([sender, encode(Loads(message.ask, loads))])
             return
         if isinstance(message, Submit):
             self._owners[message.request_id] = sender

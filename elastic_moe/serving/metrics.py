@@ -4,6 +4,7 @@ from collections import Counter as Tally
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from elastic_moe.control.report import RebalanceReport
 from elastic_moe.serving.cluster_status import ClusterStatus
 
 FIRST_TOKEN_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -38,14 +39,27 @@ class Metrics:
             "inter_token_seconds", "Between two arrivals of tokens of one request", INTER_TOKEN_BUCKETS_S
         )
         self.faults = counter("faults", "Ranks lost")
-        self.transfer_bytes = counter("transfer_bytes", "Expert bytes brought into slots by recoveries", "source")
+        self.transfer_bytes = counter("transfer_bytes", "Expert bytes brought into slots", "source")
         self.recovery_seconds = histogram("recovery_seconds", "Time of each phase", RECOVERY_BUCKETS_S, "phase")
+        self._rebalances = counter("rebalances", "Rounds of the load balancer: moved, kept, failed", "outcome")
+        self._rebalance_seconds = histogram("rebalance_seconds", "Time of each phase", RECOVERY_BUCKETS_S, "phase")
+        self._balancedness = gauge("balancedness", "Mean over largest load of a rank, before the last round", "layer")
         self._in_flight = gauge("requests_in_flight", "Requests of this front end: running or waiting", "state")
         self._rank_running = gauge("rank_running", "Requests a rank is running, as it reports", "rank")
         self._rank_waiting = gauge("rank_waiting", "Requests waiting at a rank, as it reports", "rank")
         self._ranks = gauge("ranks", "Ranks in the view, by phase", "phase")
         self._epoch = gauge("epoch", "Number of the current view")
         self._placement_version = gauge("placement_version", "Newest placement version a rank reports")
+
+    def count_rebalance(self, report: RebalanceReport) -> None:
+        """One round of the load balancer."""
+        self._rebalances.labels(report.outcome).inc()
+        for layer, value in enumerate(report.balancedness):
+            self._balancedness.labels(layer).set(value)
+        for source, num_bytes in report.bytes_by_source.items():
+            self.transfer_bytes.labels(source).inc(num_bytes)
+        for phase, seconds in report.phase_s.items():
+            self._rebalance_seconds.labels(phase).observe(seconds)
 
     def render(self, cluster: ClusterStatus) -> bytes:
         """The exposition: what was counted so far, and `cluster` as gauges."""

@@ -7,7 +7,7 @@ token that arrives twice is recognised and dropped.
 
 import msgspec
 
-from elastic_moe.control.report import Report
+from elastic_moe.control.report import RebalanceReport, Report
 from elastic_moe.membership.view import View
 
 
@@ -44,6 +44,26 @@ class Hello(msgspec.Struct, tag="hello", frozen=True):
     """Front end -> engine, about once a second: keep sending me `Status`. Answered with one at once."""
 
     frontend: str
+
+
+class Rebalance(msgspec.Struct, tag="rebalance", frozen=True):
+    """Front end -> every engine: balance the experts now; the report of the round that does names `op`."""
+
+    op: str
+
+
+class AskLoads(msgspec.Struct, tag="ask_loads", frozen=True):
+    """Front end -> engine: tell me your window of loads. Answered with `Loads`."""
+
+    ask: str
+
+
+class Loads(msgspec.Struct, tag="loads", frozen=True):
+    """Engine -> front end: tokens per logical expert in this rank's window, [L][E], or nothing before its model is
+    loaded."""
+
+    ask: str
+    loads: list[list[int]]
 
 
 DROPPED = "dropped"
@@ -89,14 +109,14 @@ class Status(msgspec.Struct, tag="status", frozen=True):
 
 
 class Event(msgspec.Struct, tag="event", frozen=True):
-    """Engine -> front end: a recovery this rank went through."""
+    """Engine -> front end: a recovery this rank went through, or a round of the load balancer."""
 
     rank: int
-    report: Report
+    report: Report | RebalanceReport
 
 
-ToEngine = Submit | Cancel | Hello
-ToFrontEnd = Tokens | Status | Event
+ToEngine = Submit | Cancel | Hello | Rebalance | AskLoads
+ToFrontEnd = Tokens | Status | Event | Loads
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode

@@ -1,6 +1,7 @@
-"""Experts from rank to rank over an epoch's data group: point to point, a bounded number in flight."""
+"""Experts from rank to rank over an epoch's group: point to point, a bounded number in flight."""
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -11,7 +12,15 @@ Tensors = Callable[[Move], Sequence[torch.Tensor]]
 
 
 def move_experts(
-    plan: TransferPlan, group: Group, ranks: Sequence[int], rank: int, *, read: Tensors, write: Tensors, in_flight: int
+    plan: TransferPlan,
+    group: Group,
+    ranks: Sequence[int],
+    rank: int,
+    *,
+    read: Tensors,
+    write: Tensors,
+    in_flight: int,
+    between: Callable[[], None] = lambda: None,
 ) -> None:
     """Run the moves of `plan` that go from one rank to another. Every rank of the group runs the same plan.
 
@@ -21,19 +30,40 @@ def move_experts(
         rank: EP rank of this process.
         read: the tensors to send, for a move whose source is here.
         write: the tensors to receive into, for a move whose target is here; asked for when the move begins.
-        in_flight: moves of the whole plan in flight at once, at least 1.
+        in_flight: moves from or to any one rank in flight at once, at least 1.
+        between: called after each round of moves but the last, on every rank.
 
     Raises:
         PeerLost: a peer died, left, or missed the deadline; some targets are not filled.
     """
     position = {ep_rank: index for index, ep_rank in enumerate(ranks)}
-    travels = [m for m in plan.moves if m.source >= 0 and plan.rank_of(m.source) != plan.rank_of(m.target)]
-    for begin in range(0, len(travels), in_flight):
+    for number, moves in enumerate(rounds(plan, in_flight)):
+        if number:
+            between()
         sends, receives = [], []
-        for tag, move in enumerate(travels[begin : begin + in_flight]):
+        for tag, move in enumerate(moves):
             source, target = plan.rank_of(move.source), plan.rank_of(move.target)
             if source == rank:
                 sends += [(tensor, position[target], tag) for tensor in read(move)]
             elif target == rank:
                 receives += [(tensor, position[source], tag) for tensor in write(move)]
         group.exchange(sends, receives)
+
+
+def rounds(plan: TransferPlan, in_flight: int) -> Iterator[list[Move]]:
+    """The moves of `plan` between ranks, in its order, in rounds in which no rank sends or receives more than
+    `in_flight`."""
+    moves: list[Move] = []
+    busy: Counter[tuple[str, int]] = Counter()
+    for move in plan.moves:
+        source, target = plan.rank_of(move.source), plan.rank_of(move.target)
+        if move.source < 0 or source == target:
+            continue
+        ends = (("sends", source), ("receives", target))
+        if any(busy[end] >= in_flight for end in ends):
+            yield moves
+            moves, busy = [], Counter()
+        moves.append(move)
+        busy.update(ends)
+    if moves:
+        yield moves

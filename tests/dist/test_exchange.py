@@ -11,6 +11,7 @@ from harness import run_ranks
 
 from elastic_moe.errors import PeerLost
 from elastic_moe.exchange.collective import CollectiveExchange
+from elastic_moe.membership.channel import SeatStart
 from elastic_moe.membership.groups import EpochGroups
 from elastic_moe.membership.launch import Launch
 from elastic_moe.membership.rendezvous import Seat, meet
@@ -20,7 +21,7 @@ HIDDEN = 5
 
 
 def build(launch, timeout_s=20.0):
-    seat = Seat(launch)
+    seat = Seat(SeatStart(launch))
     view = meet(launch, seat.member, 30)
     return seat, view, EpochGroups(view, launch.rank, torch.device("cpu"), timeout_s).build()
 
@@ -60,7 +61,7 @@ def test_every_token_reaches_its_slot_and_comes_back(num_tokens, slots_per_rank,
 
 def with_a_hole(launch):
     """Seats 0, 2 and 5 of six: group ranks 0, 1, 2."""
-    seat = Seat(launch)
+    seat = Seat(SeatStart(launch))
     view = meet(launch, seat.member, 30)
     members = tuple(
         type(m)(rank, m.node, m.incarnation, m.pid, m.host, m.signals, m.store)
@@ -107,7 +108,7 @@ def test_a_silent_peer_is_noticed_at_the_deadline():
 
 
 def refuse_after_abort(launch):
-    _, _, groups = build(launch, 60.0)
+    _seat, _, groups = build(launch, 60.0)  # a seat that is let go ends its store, and a slower rank's build
     groups.control.barrier()
     groups.abort()
     with pytest.raises(PeerLost, match="has left the group"):
@@ -121,7 +122,7 @@ def test_an_aborted_group_refuses_calls():
 
 def wait_until_aborted(launch, call):
     """Rank 2 does not take part; each other waits for it in `call`, and a second thread of its own breaks that off."""
-    _, _, groups = build(launch, 60.0)
+    _seat, _, groups = build(launch, 60.0)  # a seat that is let go ends its store, and a slower rank's build
     groups.data.barrier()
     if launch.rank == 2:
         time.sleep(4)
@@ -154,7 +155,7 @@ def test_abort_frees_who_waits_for_a_silent_peer(call):
 def build_without_one(launch):
     if launch.rank == 2:
         return None
-    seat = Seat(launch)
+    seat = Seat(SeatStart(launch))
     absent = Member(2, 0, "absent", 0, "127.0.0.1", "", "127.0.0.1:1")
     both = meet(Launch(launch.rank, 2, launch.rank, 2, 0, launch.store), seat.member, 10)
     groups = EpochGroups(View(2, (*both.members, absent)), launch.rank, torch.device("cpu"), 60.0)
@@ -172,7 +173,7 @@ def test_abort_frees_who_builds_with_an_absent_peer():
 def come_alone(launch):
     if launch.rank == 1:
         return None
-    seat = Seat(launch)
+    seat = Seat(SeatStart(launch))
     with pytest.raises(PeerLost, match=r"ranks \[1\] did not come"):
         meet(launch, seat.member, 1.0)
     return True

@@ -33,6 +33,17 @@ CASES = {
 }  # fmt: skip
 
 
+IN_A_ROUND = ["plan", "stage", "barrier", "swap"]
+REBALANCE = {
+    **{f"{p} of {r}": [Death(r, p)] for p in IN_A_ROUND for r in (0, 2)},
+    "later swap of 1": [Death(1, "swap", nth=3)],
+    "two at once": [Death(0, "swap"), Death(3, "swap")],
+    "in its recovery": [Death(0, "stage"), Death(1, "gather")],
+    "amid a step": [Death(2, "combine", nth=30)],
+    "of the newcomer": [Death(1, "swap"), Death(1, "stage", life=1)],
+}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("tiny"))
@@ -49,6 +60,12 @@ def reference(checkpoint: Path) -> dict[tuple[int, int], torch.Tensor]:
 @pytest.mark.parametrize("case", CASES)
 def test_crash_point(tmp_path: Path, checkpoint: Path, reference, case: str, redundant_slots: int):
     logits, ends = run_cluster(tmp_path, checkpoint, CASES[case], redundant_slots)
+    check(logits, ends, reference)
+
+
+@pytest.mark.parametrize("case", REBALANCE)
+def test_crash_point_of_a_rebalance(tmp_path: Path, checkpoint: Path, reference, case: str):
+    logits, ends = run_cluster(tmp_path, checkpoint, REBALANCE[case], redundant_slots=1, rounds=2)
     check(logits, ends, reference)
 
 
@@ -79,6 +96,18 @@ def test_a_newcomer_with_wrong_weights_does_not_use_them(tmp_path: Path, checkpo
     logits, ends = run_cluster(tmp_path, checkpoint, [FIRST, *lies, Death(3, "loads wrong bytes", life=1)], 0)
     check(logits, ends, reference)
     assert "experts brought along have wrong digests" in (tmp_path / "log-3").read_text()
+
+
+@pytest.mark.parametrize("bad", [(0,), (0, 1)])
+def test_what_one_disk_has_wrong_is_read_from_another(
+    tmp_path: Path, checkpoint: Path, reference, bad: tuple[int, ...]
+):
+    logits, ends = run_cluster(tmp_path, checkpoint, [FIRST, *(Death(rank, "has a bad disk") for rank in bad)], 0)
+    check(logits, ends, reference)
+    for rank in range(3):
+        said = (tmp_path / f"log-{rank}").read_text()
+        assert ("another digest than at start; asking the other ranks" in said) == (rank in bad)
+        assert "attempts=1" in said
 
 
 @pytest.mark.slow

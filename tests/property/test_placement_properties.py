@@ -1,5 +1,7 @@
 """What holds for every placement and dispatch table, whatever the sizes."""
 
+from fractions import Fraction
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -64,11 +66,31 @@ def test_dispatch_tables(case):
                 where = placement.slots_of(layer, expert)
                 owners = where // placement.slots_per_rank
                 own, near = where[owners == rank], where[nodes[owners] == nodes[rank]]
-                allowed = own if own.size else near if near.size else where
+                per_seat = {Fraction(int((nodes[owners] == n).sum()), int((nodes == n).sum())) for n in nodes[owners]}
+                nearest = own if own.size else near if near.size else where
+                allowed = nearest if len(per_seat) == 1 else where
                 assert set(choices[layer, expert].tolist()) <= set(allowed.tolist())
                 width = min(len(allowed), topology.num_ranks)
                 assert counts[layer, expert] == width
                 assert len(set(choices[layer, expert, :width].tolist())) == width
+
+
+@given(shapes(), st.randoms())
+@settings(max_examples=200, deadline=None)
+def test_dispatch_gives_every_copy_an_even_share(shape, random):
+    """Of the tokens that all ranks have for an expert, equally many each; its copies are on different ranks."""
+    num_layers, num_experts, topology, slots, replicate = shape
+    placement = initial_placement(num_layers, num_experts, topology, slots, replicate=replicate)
+    topology = Topology(tuple(random.choice(topology.nodes) for _ in topology.nodes))
+    share = [[Fraction(0)] * placement.slots.shape[1] for _ in range(num_layers)]
+    for rank in range(topology.num_ranks):
+        choices, counts = dispatch_tables(placement, rank, topology)
+        for (layer, expert), count in np.ndenumerate(counts):
+            for slot in choices[layer, expert, :count].tolist():
+                share[layer][slot] += Fraction(1, int(count))
+    for (layer, slot), expert in np.ndenumerate(placement.slots):
+        if expert != EMPTY:
+            assert share[layer][slot] == Fraction(topology.num_ranks, int(placement.copies[layer, expert]))
 
 
 @given(placements())

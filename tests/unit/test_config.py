@@ -44,7 +44,7 @@ def test_overrides_are_typed():
 
 def test_every_model_has_all_keys():
     keys = {field.name for field in dataclasses.fields(type(ServeConfig().model))}
-    for option in groups()["model"]:
+    for option in groups(ServeConfig)["model"]:
         lines = (CONF / "model" / f"{option}.yaml").read_text().splitlines()
         assert {line.partition(":")[0] for line in lines if line and line[0] not in "# "} == keys, option
 
@@ -98,7 +98,7 @@ def test_a_mistake_is_told_in_one_line(override: str, message: str):
 def test_the_help_has_every_group_and_key_with_its_meaning():
     text = help_text(ServeConfig, "usage: serve").splitlines()
     assert text[0] == "usage: serve"
-    for group, options in groups().items():
+    for group, options in groups(ServeConfig).items():
         assert f"  {group}={'|'.join(options)}" in text
     rows = describe(ServeConfig)
     assert [key for key, _, _ in rows][:2] == ["model.name", "model.path"]

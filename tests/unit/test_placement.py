@@ -84,16 +84,24 @@ def test_uncovered_counts_live_ranks_only():
     assert placement.uncovered([1]) == [(0, 0)]
 
 
-def test_dispatch_prefers_own_rank_then_node_then_spreads():
+def test_dispatch_prefers_own_rank_then_node_where_that_is_even():
     #            rank 0  rank 1  rank 2  rank 3 ; nodes 0 0 1 1
     placement = place([[0, 1, 0, 2, 0, 3, 1, 2]], 4, 2)
     topology = Topology.uniform(4, ranks_per_node=2)
     choices, counts = dispatch_tables(placement, 1, topology)
-    assert counts[0].tolist() == [1, 1, 1, 1]
-    assert choices[0, :, 0].tolist() == [2, 1, 3, 5]  # own rank, own node (rank 0), own rank, other node
+    assert counts[0].tolist() == [3, 1, 1, 1]  # node 0 has two of the three copies of expert 0
+    assert choices[0].tolist() == [[2, 4, 0, 2], [1] * 4, [3] * 4, [5] * 4]
     choices, counts = dispatch_tables(placement, 3, topology)
-    assert counts[0].tolist() == [1, 1, 1, 1]
-    assert choices[0, :, 0].tolist() == [4, 6, 7, 5]
+    assert counts[0].tolist() == [3, 1, 1, 1]
+    assert choices[0].tolist() == [[0, 2, 4, 0], [6] * 4, [7] * 4, [5] * 4]
+
+
+def test_dispatch_counts_copies_for_the_seats_of_a_node():
+    #            rank 0  1  2 ; nodes 0 0 1
+    placement = place([[0, 1, 0]], 2, 1)
+    nodes_of_two_and_one = Topology((0, 0, 1))
+    assert dispatch_tables(placement, 0, nodes_of_two_and_one)[1][0].tolist() == [2, 1]
+    assert dispatch_tables(placement, 0, Topology((0, 2, 1)))[1][0].tolist() == [1, 1]
 
 
 def test_ranks_start_at_different_replicas_when_none_is_near():

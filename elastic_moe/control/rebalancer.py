@@ -1,0 +1,216 @@
+"""The load balancer of one rank: when a round is due, and the thread that runs it beside the step loop."""
+
+import itertools
+import queue
+import threading
+from collections.abc import Callable
+
+import numpy as np
+
+from elastic_moe.background import OnError, start_thread
+from elastic_moe.config import EplbConfig
+from elastic_moe.control.rebalance import Round
+from elastic_moe.control.report import RebalanceReport
+from elastic_moe.control.step_gate import StepGate
+from elastic_moe.errors import PeerLost
+from elastic_moe.membership.groups import EpochGroups, Group
+from elastic_moe.membership.step_barrier import StepBarrier
+from elastic_moe.membership.view import View
+from elastic_moe.placement.loads import LoadCounter, LoadWindow
+from elastic_moe.placement.placement import Placement
+from elastic_moe.placement.registry import PlacementRegistry
+from elastic_moe.weights.store import ExpertStore
+
+AFTER_CHANGE_S = 2.0
+"""From a loss or a join to the round that it asks for: streams catch up first."""
+STEP_WAIT_S = 0.05
+"""How long a transfer that has used up the budget of a step waits for the next one; a group that sleeps takes none."""
+GRACE_S = 60.0
+"""Deadline of the balancer's own groups, beyond the interval at which all ranks come to them by themselves."""
+
+
+class Rebalancer:
+    """Counts loads always; balances in the background of each epoch unless `eplb.mode` is off."""
+
+    def __init__(
+        self,
+        config: EplbConfig,
+        rank: int,
+        registry: PlacementRegistry,
+        counter: LoadCounter,
+        steps: Callable[[], int],
+        *,
+        wake: Callable[[], None],
+        committed: Callable[[Placement], None],
+        on_error: OnError,
+    ) -> None:
+        """
+        Args:
+            config: the `eplb` section.
+            rank: EP rank of this process.
+            registry: the committed placement.
+            counter: what the layers count.
+            steps: how many steps this rank has taken in all.
+            wake: makes a step loop that sleeps look at `wants_steps` and `reports`; from any thread.
+            committed: called in the step loop with every placement that a round commits.
+            on_error: told if a thread dies of a bug.
+        """
+        self.config = config
+        self.rank = rank
+        self.registry = registry
+        self._counter = counter
+        self._steps = steps
+        self.wake = wake
+        self._committed = committed
+        self.on_error = on_error
+        placement = registry.placement
+        self._window = LoadWindow(placement.num_layers, placement.num_experts, config.half_life_steps)
+        self._lock = threading.Lock()
+        self._ops: list[str] = []
+        self._asked = threading.Event()
+        self._session: _Session | None = None
+        self.reports: queue.SimpleQueue[RebalanceReport] = queue.SimpleQueue()
+        """Of the rounds that have ended; for the step loop."""
+        self.progress = 0
+        """Rises with every chunk that was swapped in."""
+
+    def begin_epoch(self, view: View, groups: EpochGroups, store: ExpertStore, *, changed: bool) -> None:
+        """Balance in this epoch from now on; `changed`: the members are others than before, so a round is due soon."""
+        self.end_epoch()
+        if self.config.mode != "off" and len(view.members) > 1:
+            self._session = _Session(self, view, groups, store, changed=changed)
+
+    def end_epoch(self) -> None:
+        """What is under way is dropped; what was committed stays."""
+        if self._session is not None:
+            self._session.gate.close()
+        self._session = None
+
+    def request(self, op: str = "") -> None:
+        """Ask for a round now, whatever the threshold; its report will name `op`. From any thread.
+
+        The other ranks come to it when they are asked too, or at their next interval.
+
+        Raises:
+            ValueError: the balancer is off.
+        """
+        if self.config.mode == "off":
+            raise ValueError("eplb.mode=off: start with eplb.mode=async (or sync) to rebalance")
+        with self._lock:
+            self._ops.append(op)
+        self._asked.set()
+
+    def enter_step(self, step: int) -> None:
+        """Before every step, in the step loop; the first of an epoch is 1.
+
+        Raises:
+            PeerLost: a peer was lost in the background.
+        """
+        session = self._session
+        if session is not None:
+            if session.error is not None:
+                raise session.error
+            session.gate.enter(step)
+
+    @property
+    def wants_steps(self) -> bool:
+        """Whether the step loop should step although there is no work: a swap, or an error, waits for it."""
+        session = self._session
+        return session is not None and (session.gate.is_wanted or session.error is not None)
+
+    def local_loads(self) -> np.ndarray:
+        """float64 [L, E]: the window of this rank, until now. From any thread."""
+        with self._lock:
+            self._window.add(self._counter.read(), self._steps())
+            return self._window.loads.copy()
+
+    def take_ops(self) -> list[str]:
+        """The requests that wait; they are the caller's to answer."""
+        with self._lock:
+            ops, self._ops = self._ops, []
+            self._asked.clear()
+        return ops
+
+    def put_back(self, ops: list[str]) -> None:
+        """Of a round that broke off: the next epoch's first one answers them."""
+        with self._lock:
+            self._ops = ops + self._ops
+        if ops:
+            self._asked.set()
+
+    def wait_for_request(self, timeout_s: float) -> bool:
+        """Wait until there is a request, `timeout_s` seconds at most. False: there is none."""
+        return self._asked.wait(timeout_s)
+
+    def tell(self, report: RebalanceReport) -> None:
+        """A round has ended."""
+        self.reports.put(report)
+        self.wake()
+
+    def commit(self, placement: Placement) -> None:
+        """In the step loop: a chunk was swapped in."""
+        self.progress += 1
+        self._committed(placement)
+
+
+class _Session:
+    """The thread of one epoch. It ends with the epoch's groups; a lost peer is kept for the step loop."""
+
+    def __init__(
+        self, owner: Rebalancer, view: View, groups: EpochGroups, store: ExpertStore, *, changed: bool
+    ) -> None:
+        self.gate = StepGate(owner.wake)
+        self.error: PeerLost | None = None
+        self._owner = owner
+        self._view = view
+        self._groups = groups
+        self._store = store
+        self._changed = changed
+        start_thread("rebalance", self._run, on_error=owner.on_error)
+
+    def _run(self) -> None:
+        try:
+            self._serve()
+        except PeerLost as error:
+            self.error = error
+            self._owner.wake()
+
+    def _serve(self) -> None:
+        owner, config = self._owner, self._owner.config
+        deadline_s = GRACE_S + config.interval_s
+        group = self._groups.open("balance", deadline_s)
+        self.gate.open(StepBarrier(self._groups.open("steps", deadline_s)))
+        for number in itertools.count(1):
+            changed = self._changed and number == 1
+            owner.wait_for_request(AFTER_CHANGE_S if changed else config.interval_s)
+            ops = owner.take_ops()
+            try:
+                owner.tell(self._round(group, number, ops, changed=changed))
+            except BaseException:
+                owner.put_back(ops)
+                raise
+
+    def _round(self, group: Group, number: int, ops: list[str], *, changed: bool) -> RebalanceReport:
+        """One round of all ranks. Its report comes on every rank."""
+        owner = self._owner
+        asynchronous = owner.config.mode == "async"
+        said = np.append(np.rint(owner.local_loads()).astype(np.int64), len(ops))
+        summed = group.all_reduce_sum_array(said)
+        loads = summed[:-1].reshape(owner.registry.placement.num_layers, -1).astype(np.float64)
+        this = Round(
+            self._view,
+            owner.rank,
+            group,
+            owner.registry,
+            self._store,
+            owner.config,
+            swap=self.gate.run if asynchronous else lambda act: act(),
+            pause=(lambda: self.gate.wait_for_step(STEP_WAIT_S)) if asynchronous else lambda: None,
+            committed=owner.commit,
+        )
+        asked = bool(summed[-1]) or changed
+        if asynchronous:
+            return this.run(number, loads, ops, asked=asked)
+        reports: list[RebalanceReport] = []
+        self.gate.run(lambda: reports.append(this.run(number, loads, ops, asked=asked)))
+        return reports[0]

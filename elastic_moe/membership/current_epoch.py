@@ -1,0 +1,124 @@
+"""The epoch this process is in, and the words between members by which it ends.
+
+Nobody acts on a word alone: a death heard of, a silent neighbour, another's wish only make this process leave, and ask
+for the next view.
+"""
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from elastic_moe.background import OnError
+from elastic_moe.errors import PeerLost
+from elastic_moe.membership.groups import EpochGroups
+from elastic_moe.membership.quorum import Membership
+from elastic_moe.membership.signals import AskView, Knock, PeerDied, Signals
+from elastic_moe.membership.view import Member, View
+
+log = logging.getLogger("elastic_moe.membership")
+
+
+class CurrentEpoch:
+    """The view that counts, and its groups. Entered by the thread that recovers, left from any."""
+
+    def __init__(
+        self, me: Member, view: View, signals: Signals, membership: Membership, on_change: Callable[[], None]
+    ) -> None:
+        """`view` is the last known; its groups come with `enter`. `on_change` is called, in another thread, after
+        every word: a rank that sleeps must look."""
+        self.view = view
+        self._me = me
+        self._signals = signals
+        self._membership = membership
+        self._on_change = on_change
+        self._lock = threading.Lock()
+        self._groups: EpochGroups | None = None
+        self._left = -1
+        self._knocking: dict[int, Member] = {}
+
+    @property
+    def is_entered(self) -> bool:
+        """Whether this process has ever had groups; a newcomer has not."""
+        return self._groups is not None
+
+    @property
+    def groups(self) -> EpochGroups:
+        """The groups of `view`; PeerLost for a newcomer that has none yet."""
+        if self._groups is None:
+            raise PeerLost("this process is not a member yet")
+        return self._groups
+
+    @property
+    def is_left(self) -> bool:
+        """Whether the current epoch was left: its next collective says so too."""
+        return self._left == self.view.epoch
+
+    @property
+    def somebody_knocks(self) -> bool:
+        """Whether a process that is no member waits to be taken in."""
+        knocking, view = list(self._knocking.values()), self.view
+        return any(not view.has(m.rank, m.incarnation) for m in knocking)
+
+    def listen(self, silence_timeout_s: float, on_error: OnError) -> None:
+        """Hear the words of members and supervisors from now on; mind neighbours silent for so many seconds. `on_error`
+        is told if nothing is heard any more."""
+        self._on(AskView, lambda word: self.abort(word.epoch))
+        self._on(PeerDied, lambda word: self._peer_died(word.rank, word.incarnation))
+        self._on(Knock, lambda word: self._let_knock(word.member))
+        self._signals.start(self._me.incarnation, silence_timeout_s, self._peer_is_silent, on_error)
+
+    def enter(self, view: View, groups: EpochGroups) -> None:
+        """Go over to `view`; its groups may still have to be built, and may be aborted meanwhile."""
+        with self._lock:
+            self.view, self._groups = view, groups
+        self._signals.watch(view, self._me.rank)
+        if self._membership.knows_dead(view):
+            self.abort(view.epoch)
+
+    def leave(self, view: View) -> None:
+        """Leave `view` if it is the current one, and tell its members, who may wait for us. Those who knocked ask for
+        the next view already."""
+        if self.abort(view.epoch):
+            self._signals.tell([m for m in view.members if m.rank != self._me.rank], AskView(view.epoch))
+            self._knocking = {}
+
+    def knock(self, view: View) -> None:
+        """Tell the members of `view` that this process waits to be taken in."""
+        self._signals.tell(view.members, Knock(self._me))
+
+    def abort(self, epoch: int) -> bool:
+        """Abort the groups of `epoch` and ask for the next view, if it is the current one. From any thread.
+
+        The call in flight in that epoch, and every later one, gets PeerLost.
+        """
+        with self._lock:
+            if epoch != self.view.epoch or self._groups is None:
+                return False
+            self._left = epoch
+            self._groups.abort()
+        self._membership.request_view(epoch)
+        return True
+
+    def _on(self, kind: type, act: Callable[[Any], object]) -> None:
+        def hear(word: Any) -> None:
+            act(word)
+            self._on_change()
+
+        self._signals.on(kind, hear)
+
+    def _peer_died(self, rank: int, incarnation: str) -> None:
+        self._membership.gone(rank, incarnation)
+        view = self.view
+        if view.has(rank, incarnation):
+            self.abort(view.epoch)
+
+    def _peer_is_silent(self, member: Member) -> None:
+        log.warning("rank %d is silent: asking for a new view", member.rank)
+        if self.view.has(member.rank, member.incarnation):
+            self.leave(self.view)
+        self._on_change()
+
+    def _let_knock(self, member: Member) -> None:
+        if not self.view.has(member.rank, member.incarnation):
+            self._knocking[member.rank] = member

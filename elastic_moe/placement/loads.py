@@ -1,0 +1,63 @@
+"""How many tokens each expert gets: counted on the device, kept as a window of the recent past on the host."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+class LoadCounter:
+    """Tokens per logical expert of every layer since the start. A layer adds to it without a word to the host; the
+    address of the counts never changes, so a CUDA graph may add too."""
+
+    def __init__(self, num_layers: int, num_experts: int, device: torch.device) -> None:
+        self._counts = torch.zeros((num_layers, num_experts + 1), dtype=torch.int64, device=device)
+        self._one = torch.ones(1, dtype=torch.int64, device=device)
+
+    def count(self, layer: int, top_k_index: torch.Tensor) -> None:
+        """Add the choices of a router: int64 [T, K] logical experts, E for "none"."""
+        chosen = top_k_index.reshape(-1)
+        self._counts[layer].scatter_add_(0, chosen, self._one.expand(chosen.shape[0]))
+
+    def read(self) -> np.ndarray:
+        """int64 [L, E], a copy. Waits for the device; from any thread."""
+        return self._counts[:, :-1].cpu().numpy().copy()
+
+
+class LoadWindow:
+    """The loads of the recent past: what was counted `half_life_steps` steps ago counts half."""
+
+    def __init__(self, num_layers: int, num_experts: int, half_life_steps: float) -> None:
+        self.loads = np.zeros((num_layers, num_experts))
+        """float64 [L, E], tokens."""
+        self._half_life_steps = half_life_steps
+        self._counted = np.zeros((num_layers, num_experts), dtype=np.int64)
+        self._steps = 0
+
+    def add(self, counted: np.ndarray, steps: int) -> None:
+        """Take in what has been counted in all, int64 [L, E], after `steps` steps in all."""
+        decay = 0.5 ** (max(0, steps - self._steps) / self._half_life_steps)
+        self.loads = self.loads * decay + (counted - self._counted)
+        self._counted, self._steps = counted, steps
+
+
+def read_loads(path: str | Path, num_layers: int, num_experts: int) -> np.ndarray:
+    """float64 [L, E] from a JSON file with the key `logical_count`: what GET /elastic/loads answers.
+
+    The file may have more layers than the model has MoE layers if the others had no tokens (dense layers).
+
+    Raises:
+        ValueError: it cannot be read, or does not fit; the message says what is expected.
+    """
+    wanted = f"expected JSON with 'logical_count': [{num_layers}][{num_experts}] numbers >= 0"
+    try:
+        content = json.loads(Path(path).read_text())
+        loads = np.array(content["logical_count"], dtype=np.float64)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"initial loads {path}: {wanted} ({error or type(error).__name__})") from error
+    if loads.ndim == 2 and len(loads) > num_layers:
+        loads = loads[loads.any(axis=1)]
+    if loads.shape != (num_layers, num_experts) or not np.isfinite(loads).all() or (loads < 0).any():
+        raise ValueError(f"initial loads {path}: {wanted}, got shape {list(loads.shape)}")
+    return loads

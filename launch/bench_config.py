@@ -1,0 +1,73 @@
+"""What launch/bench.py may be told: which benchmark, and the keys of all of them; conf/bench/NAME.yaml sets its own."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from launch.config import CONF
+
+NAMES = tuple(sorted(file.stem for file in (CONF / "bench").glob("*.yaml")))
+OF_SIZE = "must be a comma list of LAYERSxEXPERTSxSLOTSxRANKS, with EXPERTS <= SLOTS, and SLOTS a multiple of RANKS"
+
+
+class Size(NamedTuple):
+    """L, E, P, R of one placement."""
+
+    layers: int
+    experts: int
+    slots: int
+    ranks: int
+
+
+def _key(default: Any, help_: str) -> Any:
+    return field(default=default, metadata={"help": help_})
+
+
+def _check(ok: bool, key: str, value: object, allowed: str) -> None:
+    if not ok:
+        raise ValueError(f"bench.{key}={value!r}: {allowed}")
+
+
+@dataclass
+class BenchConfig:
+    """One benchmark. Keys whose meaning starts with a name are of that benchmark only."""
+
+    name: str = _key("balance", "the benchmark: bench=NAME sets it, with its defaults")
+    repeats: int = _key(5, "measurements of which a median is taken, after one that is not counted")
+    seed: int = _key(0, "of everything random")
+    plot: str = _key("", "write a PNG here, for benchmarks that draw one (needs matplotlib); empty: none")
+    traces: str = _key("", 'balance: folder of {"logical_count": [L][E]} JSON files; empty: seeded Zipf-like loads')
+    sizes: str = _key("58x256x288x32", "balance: comma list of LAYERSxEXPERTSxSLOTSxRANKS")
+    ranks_per_node: int = _key(8, "balance: ranks in a fault domain")
+
+    def size_list(self) -> tuple[Size, ...]:
+        """The sizes; ValueError when one is not four whole numbers."""
+        return tuple(Size(*map(int, size.split("x"))) for size in self.sizes.replace(" ", "").split(","))
+
+    def validate(self) -> None:
+        """Raise ValueError, naming the key and what is allowed, when a value cannot work."""
+        _check(self.name in NAMES, "name", self.name, f"must be one of {', '.join(NAMES)}")
+        for key in ("repeats", "ranks_per_node"):
+            _check(getattr(self, key) >= 1, key, getattr(self, key), "must be 1 or more")
+        _check(self.seed >= 0, "seed", self.seed, "must be 0 or more")
+        folder = Path(self.traces)
+        has_traces = not self.traces or (folder.is_dir() and any(folder.glob("*.json")))
+        _check(has_traces, "traces", self.traces, "must be empty, or a folder that holds JSON files")
+        _check(not self.plot or Path(self.plot).parent.is_dir(), "plot", self.plot, "its folder does not exist")
+        try:
+            sizes = self.size_list()
+        except (TypeError, ValueError):
+            sizes = ()
+        fits = [min(s) >= 1 and s.experts <= s.slots and s.slots % s.ranks == 0 for s in sizes]
+        _check(bool(fits) and all(fits), "sizes", self.sizes, OF_SIZE)
+
+
+@dataclass
+class BenchRunConfig:
+    """Everything `launch/bench.py` may be told."""
+
+    bench: BenchConfig = field(default_factory=BenchConfig)
+
+    def validate(self) -> None:
+        """Raise ValueError with one line about the first value that cannot work."""
+        self.bench.validate()

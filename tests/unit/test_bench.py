@@ -1,0 +1,88 @@
+"""launch/bench.py from the command line: JSON lines, the table, and what each mistake is told."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from launch.bench_config import NAMES, BenchRunConfig
+from launch.config import REPO, load
+
+KEYS = {"algorithm", "trace", "layers", "experts", "slots", "ranks", "ms", "max_mean", "max_mean_other", "moved_share"}
+KEYS |= {"max_mean_worst_layer", "max_mean_moved", "ms_moved"}
+
+
+def bench(*arguments):
+    command = [sys.executable, str(REPO / "launch" / "bench.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
+
+
+def rows_of(ended):
+    assert ended.returncode == 0, ended.stderr
+    return [json.loads(line) for line in ended.stdout.splitlines()]
+
+
+def test_balance_prints_a_json_line_for_each_result():
+    ended = bench("bench.sizes=2x8x12x4,1x6x6x3", "bench.repeats=1")
+    rows = rows_of(ended)
+    assert all(set(row) >= KEYS for row in rows)
+    assert {(row["algorithm"], row["layers"], row["ranks"]) for row in rows} == {
+        (algorithm, *size) for algorithm in ("search", "deepseek") for size in ((2, 4), (1, 3))
+    }
+    assert all(row["ms"] > 0 and row["max_mean"] >= 1 and 0 <= row["moved_share"] <= 1 for row in rows)
+    assert "bench=balance" in ended.stderr
+
+
+def test_balance_reads_traces(tmp_path):
+    counts = np.arange(24, dtype=float).reshape(3, 8)
+    counts[0] = 0  # a dense layer
+    (tmp_path / "one.json").write_text(json.dumps({"logical_count": counts.tolist()}))
+    rows = rows_of(bench(f"bench.traces={tmp_path}", "bench.sizes=2x8x12x4", "bench.repeats=1"))
+    assert {row["trace"] for row in rows} == {"one"}
+    assert all(row["max_mean_other"] is None and row["moved_share"] is None for row in rows), "no other trace"
+    (tmp_path / "one.json").write_text('{"counts": 1}')
+    ended = bench(f"bench.traces={tmp_path}", "bench.sizes=2x8x12x4")
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith(f"elastic_moe: {tmp_path}/one.json: not {{")
+
+
+def test_help_and_no_torch():
+    ended = bench("--help")
+    assert ended.returncode == 0
+    assert "  bench=balance|layer" in ended.stdout
+    code = "import sys; sys.argv = ['bench.py', '--help']; from launch import bench; bench.main(); "
+    code += "import launch.bench_balance; assert 'torch' not in sys.modules"
+    command = [sys.executable, "-c", code]
+    subprocess.run(command, cwd=REPO, env={"PYTHONPATH": str(REPO)}, check=True, capture_output=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("bench=nothing", f"bench=nothing: no such bench; choose one of {', '.join(NAMES)}"),
+        ("bench.repeats=0", "bench.repeats=0: must be 1 or more"),
+        ("bench.repeat=1", "unknown key 'bench.repeat'; did you mean bench.repeats"),
+        ("bench.seed=-1", "bench.seed=-1: must be 0 or more"),
+        ("bench.name=serve", "bench.name='serve': must be one of "),
+        ("bench.traces=/no/such", "bench.traces='/no/such': must be empty, or a folder that holds JSON files"),
+        ("bench.plot=/no/such/a.png", "bench.plot='/no/such/a.png': its folder does not exist"),
+        ("bench.ranks_per_node=0", "bench.ranks_per_node=0: must be 1 or more"),
+        ("bench.sizes=", "bench.sizes='': must be a comma list of "),
+        ("bench.sizes=1x2x3", "bench.sizes='1x2x3': must be a comma list of "),
+        ("bench.sizes=1x8x4x4", "bench.sizes='1x8x4x4': must be a comma list of "),
+        ("bench.sizes=1x8x9x4", "bench.sizes='1x8x9x4': must be a comma list of "),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(override, message):
+    with pytest.raises(ValueError) as refused:  # noqa: PT011 - the message is looked at
+        load(BenchRunConfig, "bench", [override])
+    assert str(refused.value).startswith(message)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_mistake_ends_with_2():
+    ended = bench("bench=nothing")
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == f"elastic_moe: bench=nothing: no such bench; choose one of {', '.join(NAMES)}\n"

@@ -1,0 +1,43 @@
+"""Counting tokens per expert, and the window over them."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from elastic_moe.placement.loads import LoadCounter, LoadWindow, read_loads
+
+
+def test_counts_by_layer_and_expert_without_none():
+    counter = LoadCounter(2, 3, torch.device("cpu"))
+    counter.count(0, torch.tensor([[0, 2], [2, 3]]))  # 3 is "none"
+    counter.count(1, torch.empty((0, 2), dtype=torch.int64))
+    counter.count(0, torch.tensor([[2, 1]]))
+    assert counter.read().tolist() == [[1, 1, 3], [0, 0, 0]]
+
+
+def test_what_was_counted_a_half_life_ago_counts_half():
+    window = LoadWindow(1, 2, half_life_steps=10)
+    window.add(np.array([[8, 4]]), steps=5)
+    window.add(np.array([[8, 5]]), steps=15)
+    assert window.loads.tolist() == [[4.0, 3.0]]
+    window.add(np.array([[8, 5]]), steps=15)
+    assert window.loads.tolist() == [[4.0, 3.0]]
+
+
+def test_loads_from_a_file_may_have_dense_layers(tmp_path):
+    path = tmp_path / "loads.json"
+    path.write_text(json.dumps({"logical_count": [[0, 0], [1, 2], [3, 4]]}))
+    assert read_loads(path, 2, 2).tolist() == [[1, 2], [3, 4]]
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", "not json", '{"logical_count": [[1, 2]]}', '{"logical_count": [[1, -2], [1, 1]]}']
+)
+def test_other_files_are_refused_in_one_line(tmp_path, content):
+    path = tmp_path / "loads.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"expected JSON with 'logical_count': \[2\]\[2\]") as caught:
+        read_loads(path, 2, 2)
+    assert "\n" not in str(caught.value)
