@@ -109,7 +109,14 @@ def memory_rate() -> float:
 
 
 def run(config: Any) -> Iterator[dict[str, Any]]:
-    """Measure every combination of `config` (see `ExchangeBench`), one result after the other."""
+    """Measure every combination of `config`, one result after the other; of the defaults, if it is no `ExchangeBench`.
+
+    Raises:
+        ValueError: there is no GPU.
+    """
+    if not torch.cuda.is_available():
+        raise ValueError("bench=exchange needs an NVIDIA GPU")
+    config = config if isinstance(config, ExchangeBench) else ExchangeBench()
     for ranks in config.ranks:
         shapes = [
             Shape(ranks, tokens, hidden, config.experts, config.top_k, config.fp8)

@@ -145,7 +145,7 @@ class SymmetricExchange(TokenExchange):
         `rows` has room for all that could come; rows of a slot run by source, then token, whatever came first.
 
         Raises:
-            ValueError: more tokens than reserved or agreed on, or another K, D or dtype.
+            ValueError: more tokens than reserved or agreed on, another K, D or dtype, or a gradient is wanted.
         """
         layout, num_tokens = self._layout, hidden.shape[0]
         shape = (num_tokens, layout.top_k)
@@ -156,6 +156,8 @@ class SymmetricExchange(TokenExchange):
             )
         if num_tokens and slots.shape != shape:
             raise ValueError(f"slots must be {shape}, got {tuple(slots.shape)}")
+        if hidden.requires_grad and torch.is_grad_enabled():
+            raise ValueError("a symmetric exchange has no gradient: train with exchange.kind=collective")
         hidden, slots = hidden.contiguous(), slots.contiguous()
         max_rows = layout.max_rows(self._bound, self._slots_per_rank)
         rows = hidden.new_empty((max_rows, layout.hidden_size))
