@@ -16,7 +16,7 @@ from elastic_moe.control.rebalancer import Rebalancer
 from elastic_moe.control.recovery import Recovery
 from elastic_moe.control.report import Report
 from elastic_moe.errors import PeerLost
-from elastic_moe.exchange.collective import CollectiveExchange
+from elastic_moe.exchange.epochs import ExchangeConfig, exchanges_of
 from elastic_moe.exchange.interface import TokenExchange
 from elastic_moe.experts.slots import SlotExperts
 from elastic_moe.membership.channel import SeatStart
@@ -38,6 +38,7 @@ from elastic_moe.weights.store import ExpertStore, ReadExpert
 log = logging.getLogger("elastic_moe.runtime")
 
 Result = TypeVar("Result")
+Owned = TypeVar("Owned")
 
 
 class IdleLayer(Protocol):
@@ -71,11 +72,12 @@ class ElasticRuntime:
         lighthouses: Sequence[str] = (),
         grow_slots: bool = True,
         eplb: EplbConfig | None = None,
+        exchange: ExchangeConfig | None = None,
     ) -> None:
         """`view` is the current one, or, for a process that takes a dead one's seat, the last known.
 
         A member builds the groups of `view` here, together with all others; a newcomer gets its first ones by
-        `recover`, once it holds what it wants to bring. `eplb` says how experts are balanced; by default they are not.
+        `recover`, once it holds what it wants to bring. `eplb`: how experts are balanced; `exchange`: how tokens travel.
         """
         self.seat = seat
         self.rank = seat.member.rank
@@ -100,6 +102,7 @@ class ElasticRuntime:
         self._membership = Membership(seat.member, lighthouses or view.lighthouses, self.fail)
         self._epoch = CurrentEpoch(seat.member, view, seat.signals, self._membership, lambda: self.on_change())
         self._registry: PlacementRegistry | None = None
+        self.exchanges = exchanges_of(exchange, seat.member, topology.num_ranks, device, exchange_timeout_s)
         self._exchange: TokenExchange | None = None
         self._load_counter: LoadCounter | None = None
         self._rebalancer: Rebalancer | None = None
@@ -280,6 +283,7 @@ class ElasticRuntime:
     def step(self) -> Iterator[None]:
         """One forward, in one epoch and one placement version. Counted in `steps` when it finishes."""
         yield
+        self.exchange.check()
         self.steps += 1
 
     def run(self, forward: Callable[[], Result]) -> Result:
@@ -385,15 +389,11 @@ class ElasticRuntime:
             self._weight_server.close()
         if self._epoch.is_entered:
             self.groups.abort()
+        self.exchanges.close()
 
     def _use_groups(self) -> None:
         if self._epoch.is_entered:
-            self._exchange = CollectiveExchange(
-                self.groups.data, self.groups.ranks, self.registry.placement.slots_per_rank
-            )
-
-
-Owned = TypeVar("Owned")
+            self._exchange = self.exchanges.enter(self.view, self.groups, self.registry.placement.slots_per_rank)
 
 
 def _placed(thing: Owned | None) -> Owned:

@@ -261,6 +261,7 @@ class EpochGroups:
         self._built: Future[tuple[Group, Group]] = Future()
         self._lock = threading.Lock()
         self._opened: list[Group] = []
+        self._when_aborted: list[Callable[[], None]] = []
         self._left = False
 
     def build(self) -> "EpochGroups":
@@ -309,11 +310,21 @@ class EpochGroups:
         self._fail("left while they were built")
         with self._lock:
             self._left = True
-            groups = list(self._opened)
+            groups, acts = list(self._opened), list(self._when_aborted)
+        for act in acts:
+            act()
         if self._built.exception() is None:
             groups += self._built.result()
         for group in groups:
             group.abort()
+
+    def when_aborted(self, act: Callable[[], None]) -> None:
+        """Have `act` called, in any thread, when the groups are aborted; now, if they have been."""
+        with self._lock:
+            self._when_aborted.append(act)
+            left = self._left
+        if left:
+            act()
 
     def _store(self, timeout_s: float) -> dist.Store:
         """A client of the store of the view's first member, under the prefix of this epoch."""
