@@ -15,6 +15,7 @@ from typing import Any
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 LOG_LEVELS = ("debug", "info", "warning", "error")
+EXCHANGE_KINDS = ("collective", "symmetric")
 EPLB_MODES = ("off", "sync", "async")
 EPLB_ALGORITHMS = ("search", "deepseek")
 
@@ -85,6 +86,22 @@ class ElasticConfig:
         urls = [url for url in self.lighthouse.split(",") if url]
         ok = all(url.startswith("http://") for url in urls)
         _check(ok, "elastic.lighthouse", self.lighthouse, "must be empty, or http://HOST:PORT[,http://HOST:PORT...]")
+
+
+@dataclass
+class ExchangeConfig:
+    """How tokens travel to their experts and back."""
+
+    kind: str = _key(
+        "collective", f"one of {', '.join(EXCHANGE_KINDS)} (collective: gloo, NCCL; symmetric: GPU memory)"
+    )
+    max_tokens: int = _key(512, "symmetric: tokens of a rank in one step for which memory is reserved")
+    fp8: bool = _key(False, "symmetric: tokens travel to their experts in 8 bits")
+
+    def validate(self) -> None:
+        """Raise ValueError, naming the key and what is allowed, when a value cannot work."""
+        _check(self.kind in EXCHANGE_KINDS, "exchange.kind", self.kind, f"must be one of {', '.join(EXCHANGE_KINDS)}")
+        _check(self.max_tokens >= 1, "exchange.max_tokens", self.max_tokens, "must be 1 or more")
 
 
 @dataclass
@@ -178,6 +195,7 @@ class ServeConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     elastic: ElasticConfig = field(default_factory=ElasticConfig)
+    exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
     eplb: EplbConfig = field(default_factory=EplbConfig)
     serving: ServingConfig = field(default_factory=ServingConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
@@ -186,8 +204,11 @@ class ServeConfig:
     def validate(self) -> None:
         """Raise ValueError with one line about the first value that cannot work."""
         _check(self.log_level in LOG_LEVELS, "log_level", self.log_level, f"must be one of {', '.join(LOG_LEVELS)}")
-        for part in (self.model, self.elastic, self.eplb, self.serving, self.server):
+        for part in (self.model, self.elastic, self.exchange, self.eplb, self.serving, self.server):
             part.validate()
+        tokens, reserved = self.serving.max_batch_tokens, self.exchange.max_tokens
+        fits = self.exchange.kind != "symmetric" or tokens <= reserved
+        _check(fits, "serving.max_batch_tokens", tokens, f"must be at most exchange.max_tokens={reserved}")
 
 
 def describe(schema: type, prefix: str = "") -> list[tuple[str, object, str]]:

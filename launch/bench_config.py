@@ -50,6 +50,18 @@ class BenchConfig:
     threshold: float = _key(1.05, "rebalance: eplb.threshold of the servers")
     half_life_steps: int = _key(20, "rebalance: eplb.half_life_steps of the servers")
 
+    rank_list: str = _key("1,2,4", "gpu_serve: comma list of numbers of ranks")
+    stream_list: str = _key("1,8,32", "gpu_serve: comma list of numbers of streams at once")
+    dtype: str = _key("bfloat16", "gpu_serve, gpu_recovery: model.dtype of the servers")
+
+    def rank_counts(self) -> tuple[int, ...]:
+        """`rank_list`; ValueError when one is not a whole number."""
+        return tuple(int(count) for count in self.rank_list.split(","))
+
+    def stream_counts(self) -> tuple[int, ...]:
+        """`stream_list`; ValueError when one is not a whole number."""
+        return tuple(int(count) for count in self.stream_list.split(","))
+
     def size_list(self) -> tuple[Size, ...]:
         """The sizes; ValueError when one is not four whole numbers."""
         return tuple(Size(*map(int, size.split("x"))) for size in self.sizes.replace(" ", "").split(","))
@@ -70,6 +82,10 @@ class BenchConfig:
         has_traces = not self.traces or (folder.is_dir() and any(folder.glob("*.json")))
         _check(has_traces, "traces", self.traces, "must be empty, or a folder that holds JSON files")
         _check(not self.plot or Path(self.plot).parent.is_dir(), "plot", self.plot, "its folder does not exist")
+        for key in ("rank_list", "stream_list"):
+            counts = getattr(self, key).split(",")
+            ok = all(count.strip().isdecimal() and int(count) >= 1 for count in counts)
+            _check(ok, key, getattr(self, key), "must be a comma list of whole numbers, 1 or more")
         try:
             sizes = self.size_list()
         except (TypeError, ValueError):

@@ -140,7 +140,7 @@ def _by_group(transfer: Transfer) -> dict[Move, Sequence[torch.Tensor]]:
         transfer.group,
         transfer.view.ranks,
         transfer.rank,
-        read=lambda move: [tensor.cpu() for tensor in transfer.source(move)],
+        read=transfer.source,
         write=write,
         in_flight=transfer.in_flight,
         between=transfer.between,
