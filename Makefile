@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 READY   = $(VENV)/.ready
 JOBS   ?= 2
-BENCHES = balance
+BENCHES = balance rebalance
 
 export OMP_NUM_THREADS = 1
 export HYDRA_FULL_ERROR = 0

@@ -15,6 +15,7 @@ from typing import Any
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 LOG_LEVELS = ("debug", "info", "warning", "error")
+EXCHANGE_KINDS = ("collective", "symmetric")
 EPLB_MODES = ("off", "sync", "async")
 EPLB_ALGORITHMS = ("search", "deepseek")
 
@@ -88,6 +89,22 @@ class ElasticConfig:
 
 
 @dataclass
+class ExchangeConfig:
+    """How tokens travel to their experts and back."""
+
+    kind: str = _key(
+        "collective", f"one of {', '.join(EXCHANGE_KINDS)} (collective: gloo, NCCL; symmetric: GPU memory)"
+    )
+    max_tokens: int = _key(512, "symmetric: tokens of a rank in one step for which memory is reserved")
+    fp8: bool = _key(False, "symmetric: tokens travel to their experts in 8 bits")
+
+    def validate(self) -> None:
+        """Raise ValueError, naming the key and what is allowed, when a value cannot work."""
+        _check(self.kind in EXCHANGE_KINDS, "exchange.kind", self.kind, f"must be one of {', '.join(EXCHANGE_KINDS)}")
+        _check(self.max_tokens >= 1, "exchange.max_tokens", self.max_tokens, "must be 1 or more")
+
+
+@dataclass
 class EplbConfig:
     """The load balancer: which expert has how many copies, and where, while tokens flow."""
 
@@ -130,13 +147,15 @@ class ServingConfig:
     max_batch_tokens: int = _key(512, "tokens one rank puts into one forward step")
     kv_cache_tokens: int = _key(32768, "tokens the paged KV cache of one rank holds")
     page_size: int = _key(32, "tokens in one page of the KV cache (power of two, 4 or more)")
+    cuda_graphs: bool = _key(True, "capture forwards in CUDA graphs where tokens travel without the CPU")
+    graph_tokens: int = _key(16, "a captured forward is padded to a multiple of so many tokens")
     prefix_caching: bool = _key(True, "share KV pages between requests with the same beginning")
 
     def validate(self) -> None:
         """Raise ValueError, naming the key and what is allowed, when a value cannot work."""
         length = self.max_model_len
         _check(length is None or length >= 2, "serving.max_model_len", length, "must be null, or 2 or more")
-        for key in ("max_requests", "max_batch_tokens"):
+        for key in ("max_requests", "max_batch_tokens", "graph_tokens"):
             _check(getattr(self, key) >= 1, f"serving.{key}", getattr(self, key), "must be 1 or more")
         page = self.page_size
         _check(page >= 4 and page & (page - 1) == 0, "serving.page_size", page, "must be a power of two, 4 or more")
@@ -176,6 +195,7 @@ class ServeConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     elastic: ElasticConfig = field(default_factory=ElasticConfig)
+    exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
     eplb: EplbConfig = field(default_factory=EplbConfig)
     serving: ServingConfig = field(default_factory=ServingConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
@@ -184,8 +204,11 @@ class ServeConfig:
     def validate(self) -> None:
         """Raise ValueError with one line about the first value that cannot work."""
         _check(self.log_level in LOG_LEVELS, "log_level", self.log_level, f"must be one of {', '.join(LOG_LEVELS)}")
-        for part in (self.model, self.elastic, self.eplb, self.serving, self.server):
+        for part in (self.model, self.elastic, self.exchange, self.eplb, self.serving, self.server):
             part.validate()
+        tokens, reserved = self.serving.max_batch_tokens, self.exchange.max_tokens
+        fits = self.exchange.kind != "symmetric" or tokens <= reserved
+        _check(fits, "serving.max_batch_tokens", tokens, f"must be at most exchange.max_tokens={reserved}")
 
 
 def describe(schema: type, prefix: str = "") -> list[tuple[str, object, str]]:

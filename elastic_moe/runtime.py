@@ -8,15 +8,15 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from elastic_moe.background import Latch
-from elastic_moe.config import EplbConfig
+from elastic_moe.config import EplbConfig, ExchangeConfig
 from elastic_moe.control import lockstep
 from elastic_moe.control.hooks import Hooks
-from elastic_moe.control.rebalance import load_balancer
+from elastic_moe.control.rebalance import MEGABYTE, load_balancer
 from elastic_moe.control.rebalancer import Rebalancer
 from elastic_moe.control.recovery import Recovery
 from elastic_moe.control.report import Report
 from elastic_moe.errors import PeerLost
-from elastic_moe.exchange.epochs import ExchangeConfig, exchanges_of
+from elastic_moe.exchange.epochs import exchanges_of
 from elastic_moe.exchange.interface import TokenExchange
 from elastic_moe.experts.slots import SlotExperts
 from elastic_moe.membership.channel import SeatStart
@@ -31,6 +31,7 @@ from elastic_moe.placement.loads import LoadCounter, read_loads
 from elastic_moe.placement.placement import Placement, fewest_slots, initial_placement
 from elastic_moe.placement.registry import PlacementRegistry
 from elastic_moe.placement.topology import Topology
+from elastic_moe.transport.staging import GroupStaging, MappedStaging, Staging
 from elastic_moe.weights.peers import Peers, WeightServer
 from elastic_moe.weights.store import ExpertStore, ReadExpert
 
@@ -98,10 +99,15 @@ class ElasticRuntime:
         self._exchange_timeout_s = exchange_timeout_s
         self._grow_slots = grow_slots
         self._eplb = eplb or EplbConfig()
+        self._exchange_config = exchange or ExchangeConfig()
+        symmetric = self._exchange_config.kind == "symmetric"
+        self._group_device = torch.device("cpu") if symmetric else device
         self._membership = Membership(seat.member, lighthouses or view.lighthouses, self.fail)
         self._epoch = CurrentEpoch(seat.member, view, seat.signals, self._membership, lambda: self.on_change())
         self._registry: PlacementRegistry | None = None
-        self.exchanges = exchanges_of(exchange, seat.member, topology.num_ranks, device, exchange_timeout_s)
+        self.exchanges = exchanges_of(
+            self._exchange_config, seat.member, topology.num_ranks, device, exchange_timeout_s
+        )
         self._exchange: TokenExchange | None = None
         self._load_counter: LoadCounter | None = None
         self._rebalancer: Rebalancer | None = None
@@ -110,7 +116,7 @@ class ElasticRuntime:
         self._supervised: Supervised | None = None
         self._epoch.listen(silence_timeout_s, self.fail)
         if view.has(self.rank, seat.member.incarnation):
-            self._epoch.enter(view, EpochGroups(view, self.rank, device, exchange_timeout_s).build())
+            self._epoch.enter(view, EpochGroups(view, self.rank, self._group_device, exchange_timeout_s).build())
             self._membership.start()
 
     @classmethod
@@ -227,6 +233,7 @@ class ElasticRuntime:
             self._registry,
             self._load_counter,
             steps=lambda: self.steps,
+            staging=self._open_staging(),
             wake=lambda: self.on_change(),
             committed=self._hooks.call_placement_changed,
             on_error=self.fail,
@@ -356,7 +363,7 @@ class ElasticRuntime:
             self._epoch,
             self.topology,
             self.store,
-            self.device,
+            self._group_device,
             exchange_timeout_s=self._exchange_timeout_s,
             grow_slots=self._grow_slots,
         )
@@ -388,6 +395,16 @@ class ElasticRuntime:
         if self._epoch.is_entered:
             self.groups.abort()
         self.exchanges.close()
+
+    def _open_staging(self) -> Staging:
+        if self._exchange_config.kind != "symmetric" or self._eplb.mode == "off":
+            return GroupStaging()
+        from elastic_moe.transport.symmetric import PeerStaging  # only here CUDA's own bindings are needed
+
+        member, num_bytes = self.seat.member, self._eplb.staging_mb * MEGABYTE
+        num_seats, timeout_s = self.topology.num_ranks, self._exchange_timeout_s
+        peers = PeerStaging(member.incarnation, self.rank, num_seats, num_bytes, self.device, timeout_s=timeout_s)
+        return MappedStaging(peers)
 
     def _use_groups(self) -> None:
         if self._epoch.is_entered:

@@ -1,6 +1,7 @@
 """Run one benchmark: a JSON line on stdout for each result as it comes, a table on standard error at the end.
 
     python launch/bench.py bench=balance bench.traces=/data/traces bench.plot=balance.png
+    python launch/bench.py bench=rebalance bench.model=random bench.plot=rebalance.png
     python launch/bench.py bench=layer
 
 A benchmark is a module launch/bench_NAME.py with `run(config) -> Iterator[dict]` of JSON-able results, and, if it
@@ -64,7 +65,7 @@ def _print_table(name: str, rows: Sequence[Row]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    columns = list(dict.fromkeys(key for row in rows for key, value in row.items() if not isinstance(value, list)))
     table = Table(*columns, title=f"bench={name}")
     for row in rows:
         table.add_row(*(_cell(row.get(column)) for column in columns))
@@ -77,6 +78,8 @@ def _print_table(name: str, rows: Sequence[Row]) -> None:
 def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
+    if isinstance(value, dict):
+        return " ".join(f"{key} {_cell(part)}" for key, part in value.items())
     return "" if value is None else str(value)
 
 

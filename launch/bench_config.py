@@ -1,5 +1,6 @@
 """What launch/bench.py may be told: which benchmark, and the keys of all of them; conf/bench/NAME.yaml sets its own."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,6 +8,7 @@ from typing import Any, NamedTuple
 from launch.config import CONF
 
 NAMES = tuple(sorted(file.stem for file in (CONF / "bench").glob("*.yaml")))
+MODELS = ("demo", "random")
 OF_SIZE = "must be a comma list of LAYERSxEXPERTSxSLOTSxRANKS, with EXPERTS <= SLOTS, and SLOTS a multiple of RANKS"
 
 
@@ -39,6 +41,26 @@ class BenchConfig:
     traces: str = _key("", 'balance: folder of {"logical_count": [L][E]} JSON files; empty: seeded Zipf-like loads')
     sizes: str = _key("58x256x288x32", "balance: comma list of LAYERSxEXPERTSxSLOTSxRANKS")
     ranks_per_node: int = _key(8, "balance: ranks in a fault domain")
+    model: str = _key("demo", f"rebalance: one of {', '.join(MODELS)} (random: some hundred MB of random experts)")
+    ranks: int = _key(4, "rebalance: ranks of each server, all on this machine")
+    streams: int = _key(12, "rebalance: streams at once")
+    tokens: int = _key(100, "rebalance: tokens of a stream; twice as many streams, as the domain shifts in the middle")
+    redundant_slots: int = _key(1, "rebalance: elastic.redundant_slots of the servers")
+    interval_s: float = _key(1.0, "rebalance: eplb.interval_s of the servers")
+    threshold: float = _key(1.05, "rebalance: eplb.threshold of the servers")
+    half_life_steps: int = _key(20, "rebalance: eplb.half_life_steps of the servers")
+
+    rank_list: str = _key("1,2,4", "gpu_serve: comma list of numbers of ranks")
+    stream_list: str = _key("1,8,32", "gpu_serve: comma list of numbers of streams at once")
+    dtype: str = _key("bfloat16", "gpu_serve, gpu_recovery: model.dtype of the servers")
+
+    def rank_counts(self) -> tuple[int, ...]:
+        """`rank_list`; ValueError when one is not a whole number."""
+        return tuple(int(count) for count in self.rank_list.split(","))
+
+    def stream_counts(self) -> tuple[int, ...]:
+        """`stream_list`; ValueError when one is not a whole number."""
+        return tuple(int(count) for count in self.stream_list.split(","))
 
     def size_list(self) -> tuple[Size, ...]:
         """The sizes; ValueError when one is not four whole numbers."""
@@ -47,13 +69,23 @@ class BenchConfig:
     def validate(self) -> None:
         """Raise ValueError, naming the key and what is allowed, when a value cannot work."""
         _check(self.name in NAMES, "name", self.name, f"must be one of {', '.join(NAMES)}")
-        for key in ("repeats", "ranks_per_node"):
+        _check(self.model in MODELS, "model", self.model, f"must be one of {', '.join(MODELS)}")
+        for key in ("repeats", "ranks_per_node", "streams", "half_life_steps"):
             _check(getattr(self, key) >= 1, key, getattr(self, key), "must be 1 or more")
+        for key in ("ranks", "tokens"):
+            _check(getattr(self, key) >= 2, key, getattr(self, key), "must be 2 or more")
+        _check(self.redundant_slots >= 0, "redundant_slots", self.redundant_slots, "must be 0 or more")
+        _check(0 < self.interval_s < math.inf, "interval_s", self.interval_s, "must be more than 0, and finite")
+        _check(1 <= self.threshold < math.inf, "threshold", self.threshold, "must be 1 or more, and finite")
         _check(self.seed >= 0, "seed", self.seed, "must be 0 or more")
         folder = Path(self.traces)
         has_traces = not self.traces or (folder.is_dir() and any(folder.glob("*.json")))
         _check(has_traces, "traces", self.traces, "must be empty, or a folder that holds JSON files")
         _check(not self.plot or Path(self.plot).parent.is_dir(), "plot", self.plot, "its folder does not exist")
+        for key in ("rank_list", "stream_list"):
+            counts = getattr(self, key).split(",")
+            ok = all(count.strip().isdecimal() and int(count) >= 1 for count in counts)
+            _check(ok, key, getattr(self, key), "must be a comma list of whole numbers, 1 or more")
         try:
             sizes = self.size_list()
         except (TypeError, ValueError):

@@ -40,6 +40,8 @@ from launch.config import help_text, load
 
 USAGE = "usage: python launch/chaos.py [chaos.KEY=VALUE ...] [what launch/serve.py takes ...]"
 POLL_S = 0.1
+LAG_TOLD_S = 0.1
+"""A client that was not run for longer says so: then the machine is too busy for its gaps to mean much."""
 
 
 class Chaos:
@@ -117,6 +119,7 @@ class Chaos:
             reports=_since(await _events(target), before["epoch"]),
             healed_s=healed_s,
             placement_fault=placement_fault(status) if status is not None else "",
+            client_lag_s=disturbed.lag_s,
         )
 
     def _tell(self, one: Round, asks: Sequence[Ask], wanted: Sequence[Answer]) -> None:
@@ -124,7 +127,8 @@ class Chaos:
         missed = "" if one.counted else f", [red]{'in no recovery' if one.fired else 'did not come'}[/]"
         _, begin, num_streams = longest_wait(one.answers)
         where = f"of {num_streams} streams, from {begin - one.at:.2f} s after the fault" if one.at else ""
-        self._console.print(f"  {_largest(one.answers)} {where}, {healed}{missed}")
+        lag = f", this client was kept waiting {one.client_lag_s * 1e3:.0f} ms" if one.client_lag_s > LAG_TOLD_S else ""
+        self._console.print(f"  {_largest(one.answers)} {where}{lag}, {healed}{missed}")
         for event in one.reports:
             report = event["report"]
             if event["rank"] in report["joined"]:

@@ -42,6 +42,10 @@ class Target:
         """/elastic/events: per rank and recovery `rank` and `report`."""
         return await self._get("/elastic/events")
 
+    async def loads(self) -> dict[str, Any]:
+        """/elastic/loads."""
+        return await self._get("/elastic/loads")
+
     async def close(self) -> None:
         """Close the connections."""
         await self._client.aclose()

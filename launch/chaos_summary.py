@@ -30,6 +30,8 @@ class Round:
     """Until all ranks served again, from the signal; None: not in time."""
     placement_fault: str
     """What is wrong with the placements of the healed group; empty: nothing."""
+    client_lag_s: float
+    """See `Load.lag_s`."""
 
     @property
     def counted(self) -> bool:
@@ -125,6 +127,7 @@ def summary(rounds: Sequence[Round], wanted: Sequence[Answer], planned: int) -> 
             kind: _spread_and_max([g * 1e3 for one in rounds if one.fault.kind == kind for g in gaps_s(one.answers)])
             for kind in kinds
         },
+        "client_lag_ms": _rounded(max((one.client_lag_s * 1e3 for one in rounds), default=None)),
         "phase_ms": {phase: _spread(values) for phase, values in phases.items() if values},
         "bytes_by_source": dict(num_bytes),
         "bytes_lower_bound": sum(report["bytes_lower_bound"] for report in by_epoch.values()),

@@ -7,7 +7,6 @@ a tiny model, each on tokens of its own, each result to a file, so that a rank t
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +34,7 @@ from elastic_moe.integrations.transformers import elasticize, meta_model
 from elastic_moe.membership.channel import SeatStart
 from elastic_moe.membership.groups import EpochGroups, Group
 from elastic_moe.membership.launch import Launch
+from elastic_moe.membership.ports import lasting_port
 from elastic_moe.membership.quorum import HEARTBEAT_TIMEOUT_MS, JOIN_TIMEOUT_MS, TICK_MS, Membership
 from elastic_moe.membership.signals import Mouth, PeerDied
 from elastic_moe.membership.step_barrier import StepBarrier
@@ -48,6 +48,9 @@ from elastic_moe.weights.digest import digest
 from elastic_moe.weights.store import ExpertStore
 
 STEPS = 5
+RESPAWN_S = 0.75
+"""From a death to the next life: survivors recover first, as with a real supervisor. At the start of a launch they wait
+`quorum.SETTLE_S` before they ask."""
 WORLD = 4
 DEADLINE_S = 60.0
 STEPS_OF_A_ROUND = 100
@@ -84,6 +87,9 @@ POINTS: Mapping[str, tuple[Any, str]] = {
 }
 """Where a rank can die: at the call of these; besides `between` (after a forward) and `vote`."""
 
+BUG = "bug in a thread"
+"""Another `point`: the thread that gives weights to newcomers raises, and the rank is to end by itself."""
+
 LIES = ("gives wrong weights", "loads wrong bytes", "has a bad disk")
 """What a rank can do instead of dying, as the `point` of a `Death`: to newcomers, from disk at its start, from disk
 later."""
@@ -116,6 +122,8 @@ def set_trap(death: Death) -> None:
             return phase(self, which)
 
         Recovery._phase = wrapped_phase  # pyright: ignore[reportAttributeAccessIssue]
+    elif death.point == BUG:
+        peers._copy_of = lambda *_: 1 // 0  # pyright: ignore[reportAttributeAccessIssue]
     elif death.point != "between":
         owner, name = POINTS[death.point]
         original = getattr(owner, name)
@@ -186,6 +194,7 @@ def run_cluster(
     redundant_slots: int = 0,
     deadline_s: float = DEADLINE_S,
     rounds: int = 0,
+    respawn_s: float = RESPAWN_S,
 ) -> tuple[dict[tuple[int, int], torch.Tensor], list[dict[str, Any]]]:
     """Run the work on `WORLD` ranks that die as told, each started again. The logits, and each rank's last word.
 
@@ -200,7 +209,7 @@ def run_cluster(
     )
     url = f"http://127.0.0.1:{lighthouse.address().rsplit(':', 1)[1]}"
     try:
-        return _Seats(folder, checkpoint, deaths, redundant_slots, rounds, url).run(deadline_s)
+        return _Seats(folder, checkpoint, deaths, redundant_slots, rounds, url, respawn_s).run(deadline_s)
     finally:
         lighthouse.shutdown()
 
@@ -216,14 +225,16 @@ class _Seats:
         redundant_slots: int,
         rounds: int,
         lighthouse: str,
+        respawn_s: float,
     ) -> None:
-        self._folder, self._lighthouse = folder, lighthouse
+        self._folder, self._lighthouse, self._respawn_s = folder, lighthouse, respawn_s
+        self._due: dict[int, float] = {}
         self._args = (folder, checkpoint, tuple(deaths), redundant_slots, rounds)
         self._deaths = sum(death.point not in LIES for death in deaths)
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([*PRELOAD, "elastic_harness"])
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        self._ports = [_free_port() for _ in range(WORLD)]
+        self._ports = [lasting_port("127.0.0.1") for _ in range(WORLD)]
         self._lives = [0] * WORLD
         self._processes = [self._start(rank, None) for rank in range(WORLD)]
         self._mouth = Mouth()
@@ -231,14 +242,18 @@ class _Seats:
     def run(self, deadline_s: float) -> tuple[dict[tuple[int, int], torch.Tensor], list[dict[str, Any]]]:
         deadline, over = time.monotonic() + deadline_s, set()
         while len(over) < WORLD and time.monotonic() < deadline:
-            ended = wait([p.sentinel for r, p in enumerate(self._processes) if r not in over], timeout=0.2)
-            for rank, process in enumerate(self._processes):
-                if process.sentinel in ended:
-                    process.join()
-                    if process.exitcode == -signal.SIGKILL and sum(self._lives) < self._deaths:
-                        self._replace(rank)
-                    else:
-                        over.add(rank)
+            alive = {p.sentinel: r for r, p in enumerate(self._processes) if r not in over and r not in self._due}
+            for rank in [alive[sentinel] for sentinel in wait(list(alive), timeout=0.05)]:  # pyright: ignore[reportArgumentType]
+                process = self._processes[rank]
+                process.join()
+                if self._was_to_die(rank, process.exitcode) and sum(self._lives) + len(self._due) < self._deaths:
+                    self._announce(rank)
+                    self._due[rank] = time.monotonic() + self._respawn_s
+                else:
+                    over.add(rank)
+            for rank in [r for r, due in self._due.items() if due <= time.monotonic()]:
+                del self._due[rank]
+                self._replace(rank)
         codes = [process.exitcode for process in self._processes]
         for process in self._processes:
             if process.exitcode is None:
@@ -261,20 +276,25 @@ class _Seats:
         process.start()
         return process
 
-    def _replace(self, rank: int) -> None:
+    def _was_to_die(self, rank: int, code: int | None) -> bool:
+        by_bug = any((d.rank, d.life, d.point) == (rank, self._lives[rank], BUG) for d in self._args[2])
+        return code == -signal.SIGKILL or (by_bug and code != 0)
+
+    def _views(self) -> list[View]:
+        """Those that the ranks have told, oldest first."""
         views = [msgspec.json.decode(path.read_bytes(), type=View) for path in self._folder.glob("view-*")]
-        view = max(views, key=lambda view: view.epoch)
+        return sorted(views, key=lambda view: view.epoch)
+
+    def _announce(self, rank: int) -> None:
+        views = self._views()
         for known in views:  # a process that died before it told its view is in somebody's
             for dead in [m for m in known.members if m.rank == rank]:
-                others = [m.signals for m in view.members if m.rank != rank]
+                others = [m.signals for m in views[-1].members if m.rank != rank]
                 self._mouth.tell(others, PeerDied(dead.rank, dead.incarnation))
+
+    def _replace(self, rank: int) -> None:
         self._lives[rank] += 1
-        self._processes[rank] = self._start(rank, view)
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
+        self._processes[rank] = self._start(rank, self._views()[-1])
 
 
 def _path(folder: Path, rank: int, step: int) -> Path:
@@ -323,7 +343,7 @@ def _work(
     process, usage = psutil.Process(), []
 
     def tell(view: View) -> None:
-        usage.append((process.memory_info().rss, process.num_fds(), process.num_threads()))
+        usage.append((time.monotonic(), process.memory_info().rss, process.num_fds(), process.num_threads()))
         _write(folder / f"view-{rank}", lambda part: part.write_bytes(msgspec.json.encode(view)))
 
     if seat.rejoin is None:

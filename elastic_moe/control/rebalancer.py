@@ -19,6 +19,7 @@ from elastic_moe.membership.view import View
 from elastic_moe.placement.loads import LoadCounter, LoadWindow
 from elastic_moe.placement.placement import Placement
 from elastic_moe.placement.registry import PlacementRegistry
+from elastic_moe.transport.staging import Staging
 from elastic_moe.weights.store import ExpertStore
 
 AFTER_CHANGE_S = 2.0
@@ -39,6 +40,7 @@ class Rebalancer:
         registry: PlacementRegistry,
         counter: LoadCounter,
         steps: Callable[[], int],
+        staging: Staging,
         *,
         wake: Callable[[], None],
         committed: Callable[[Placement], None],
@@ -51,6 +53,7 @@ class Rebalancer:
             registry: the committed placement.
             counter: what the layers count.
             steps: how many steps this rank has taken in all.
+            staging: how experts come to where they are swapped in.
             wake: makes a step loop that sleeps look at `wants_steps` and `reports`; from any thread.
             committed: called in the step loop with every placement that a round commits.
             on_error: told if a thread dies of a bug.
@@ -60,6 +63,7 @@ class Rebalancer:
         self.registry = registry
         self._counter = counter
         self._steps = steps
+        self.staging = staging
         self.wake = wake
         self._committed = committed
         self.on_error = on_error
@@ -177,6 +181,7 @@ class _Session:
 
     def _serve(self) -> None:
         owner, config = self._owner, self._owner.config
+        owner.staging.enter(self._view)
         deadline_s = GRACE_S + config.interval_s
         group = self._groups.open("balance", deadline_s)
         self.gate.open(StepBarrier(self._groups.open("steps", deadline_s)))
@@ -204,6 +209,7 @@ class _Session:
             owner.registry,
             self._store,
             owner.config,
+            owner.staging,
             swap=self.gate.run if asynchronous else lambda act: act(),
             pause=(lambda: self.gate.wait_for_step(STEP_WAIT_S)) if asynchronous else lambda: None,
             committed=owner.commit,

@@ -37,7 +37,8 @@ class RebalanceReport(msgspec.Struct, tag="rebalance", frozen=True):
     ops: tuple[str, ...]
     """Names of the requests that this round has answered."""
     outcome: str
-    """`moved`, `kept` (the placement is good enough), or `failed` (the placement of before stays in use)."""
+    """`moved`, `kept` (the placement is good enough), or `failed` (of its chunks those in `num_chunks` were swapped in,
+    and the placement that they led to stays in use)."""
     reason: str
     max_mean_before: float = 0.0
     """Load of the fullest rank over the mean, averaged over the layers."""
@@ -52,3 +53,5 @@ class RebalanceReport(msgspec.Struct, tag="rebalance", frozen=True):
     bytes_by_source: dict[str, int] = {}
     bytes_lower_bound: int = 0
     """Bytes of the experts that came to ranks which did not hold them."""
+    ended_at: float = 0.0
+    """Wall-clock (Unix) time."""

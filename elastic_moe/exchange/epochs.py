@@ -2,11 +2,12 @@
 
 import logging
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
+from elastic_moe.config import ExchangeConfig
 from elastic_moe.errors import PeerLost
 from elastic_moe.exchange.collective import CollectiveExchange
 from elastic_moe.exchange.interface import TokenExchange
@@ -18,24 +19,6 @@ if TYPE_CHECKING:
     from elastic_moe.exchange.symmetric import SymmetricExchange
 
 log = logging.getLogger("elastic_moe.exchange")
-
-KINDS = ("collective", "symmetric")
-
-
-@dataclass
-class ExchangeConfig:
-    """How tokens travel."""
-
-    kind: str = field(default="collective", metadata={"help": "collective (gloo, NCCL) or symmetric (one NVLink host)"})
-    max_tokens: int = field(default=256, metadata={"help": "symmetric: tokens per rank and call that memory is for"})
-    fp8: bool = field(default=False, metadata={"help": "symmetric: tokens travel to their experts in 8 bits"})
-
-    def validate(self) -> None:
-        """Raise ValueError, naming the key and what is allowed, when a value cannot work."""
-        if self.kind not in KINDS:
-            raise ValueError(f"exchange.kind={self.kind!r}: must be one of {', '.join(KINDS)}")
-        if self.max_tokens < 1:
-            raise ValueError(f"exchange.max_tokens={self.max_tokens}: must be at least 1")
 
 
 @dataclass(frozen=True)

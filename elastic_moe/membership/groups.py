@@ -43,7 +43,8 @@ class Group:
         """`abort(backend)` breaks off every call in flight, from another thread, and makes later ones fail."""
         self._backend = backend
         self._abort = abort
-        self._may_be_left = not isinstance(backend, _NCCL)
+        self.on_cpu = not isinstance(backend, _NCCL)
+        """Whether it takes tensors in host memory (gloo), and not those of a GPU (NCCL)."""
         self._name = name
         self._epoch = epoch
         self.timeout_s = timeout_s
@@ -195,7 +196,7 @@ class Group:
         for in turns, and left behind when the group is aborted. (A point-to-point work with a timeout would break off
         the others of its group.)
         """
-        if not self._may_be_left:
+        if not self.on_cpu:
             return True
         try:
             work.wait(timedelta(seconds=TURN_S))

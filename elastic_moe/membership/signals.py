@@ -7,6 +7,7 @@ Neighbours in the view's ring also tell each other twice a second that they live
 without an error (a host without power, a stopped process) is noticed by that.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -17,6 +18,8 @@ import zmq
 
 from elastic_moe.background import OnError, end_process, start_thread
 from elastic_moe.membership.view import Member, View
+
+log = logging.getLogger("elastic_moe.membership")
 
 PING_S = 0.5
 LINGER_MS = 500
@@ -106,7 +109,10 @@ class Signals:
         self._router = zmq.Context.instance().socket(zmq.ROUTER)
         try:
             self._router.bind(f"tcp://{host}:{port}")
-        except zmq.ZMQError:
+        except zmq.ZMQError as error:
+            log.warning(
+                "port %d is taken (%s): whoever was away when this process came back may not find it", port, error
+            )
             self._router.bind(f"tcp://{host}:0")
         self.address = str(self._router.getsockopt_string(zmq.LAST_ENDPOINT))
         self._mouth = Mouth()

@@ -22,6 +22,7 @@ from elastic_moe.membership.channel import Beat, Channel, EngineStart, Ready, Re
 from elastic_moe.membership.launch import host_of
 from elastic_moe.membership.signals import Wake
 from elastic_moe.membership.supervised import BEAT_S, die_with_supervisor
+from elastic_moe.placement.placement import Placement
 from elastic_moe.runtime import ElasticRuntime
 from elastic_moe.serving.batching import Batcher
 from elastic_moe.serving.mailbox import Mailbox
@@ -53,7 +54,8 @@ class Engine:
         self._asleep = False
         self._pending = False
         config, launch = start.config, start.seat.launch
-        device = pick_device(config.model, launch.local_rank, launch.local_world_size)
+        symmetric = config.exchange.kind == "symmetric"
+        device = pick_device(config.model, launch.local_rank, launch.local_world_size, may_share=symmetric)
         model = meta_model(config.model.path, pick_dtype(config.model.dtype))
         self._mailbox = Mailbox(host_of(launch), self.status, lambda: self.runtime.rebalancer.local_loads())
         self.runtime = self._join(device)
@@ -61,7 +63,12 @@ class Engine:
         self.runtime.signals.on(Wake, self._be_woken)
         self._mailbox.start(self.runtime.fail)
         self._model = self._load(model)
-        self._batcher = Batcher(self._model, config.serving, eos_token_ids(self._model), self._deliver)
+        captures = config.serving.cuda_graphs and device.type == "cuda" and (symmetric or launch.world_size == 1)
+        self._batcher = Batcher(
+            self._model, config.serving, eos_token_ids(self._model), self._deliver, cuda_graphs=captures
+        )
+        self._num_slots = self.runtime.registry.placement.slots_per_rank
+        self.runtime.on_placement_changed.append(self._follow_placement)
         start_thread("beat", self._beat, on_error=self.runtime.fail)
 
     def _join(self, device: torch.device) -> ElasticRuntime:
@@ -76,6 +83,7 @@ class Engine:
             lighthouses=[url for url in elastic.lighthouse.split(",") if url],
             grow_slots=elastic.grow_slots,
             eplb=self._config.eplb,
+            exchange=self._config.exchange,
         )
 
     def _load(self, model: PreTrainedModel) -> PreTrainedModel:
@@ -160,6 +168,12 @@ class Engine:
         while not self.runtime.change_is_wanted and (left := end - time.monotonic()) > 0:
             with contextlib.suppress(queue.Empty):
                 self._take(self._mailbox.inbox.get(timeout=min(left, SOURCES_AGAIN_S)))
+
+    def _follow_placement(self, placement: Placement) -> None:
+        """CUDA graphs outlive every change but that of the number of slots: their weights are elsewhere then."""
+        if placement.slots_per_rank != self._num_slots:
+            self._num_slots = placement.slots_per_rank
+            self._batcher.forget_graphs()
 
     def _serving(self) -> None:
         self._phase, self._reason = "serving", ""
@@ -248,19 +262,24 @@ class Engine:
         )
 
 
-def pick_device(config: ModelConfig, local_rank: int, local_world_size: int) -> torch.device:
-    """The device of this rank.
+def pick_device(
+    config: ModelConfig, local_rank: int, local_world_size: int, *, may_share: bool = False
+) -> torch.device:
+    """The device of this rank. With `may_share` ranks take turns over fewer GPUs, if cuda is asked for.
 
     Raises:
         ValueError: cuda is asked for and there are fewer GPUs than local ranks.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if config.device == "cuda" and gpus < local_world_size:
-        raise ValueError(f"model.device=cuda: {local_world_size} local ranks but {gpus} GPUs; start fewer, or use cpu")
-    if config.device == "cpu" or gpus < local_world_size:
+    if config.device == "cuda" and (not gpus or (gpus < local_world_size and not may_share)):
+        raise ValueError(
+            f"model.device=cuda: {local_world_size} local ranks but {gpus} GPUs; start fewer, use cpu, or share GPUs "
+            "with exchange.kind=symmetric"
+        )
+    if config.device == "cpu" or not gpus or (gpus < local_world_size and config.device != "cuda"):
         return torch.device("cpu")
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+    torch.cuda.set_device(local_rank % gpus)
+    return torch.device("cuda", local_rank % gpus)
 
 
 def pick_dtype(name: str) -> torch.dtype | None:

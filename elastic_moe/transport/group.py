@@ -26,7 +26,7 @@ def move_experts(
 
     Args:
         plan: the same on all ranks.
-        group: its members are the EP `ranks`, in this order.
+        group: its members are the EP `ranks`, in this order. Over one on the CPU, GPU tensors go through host memory.
         rank: EP rank of this process.
         read: the tensors to send, for a move whose source is here.
         write: the tensors to receive into, for a move whose target is here; asked for when the move begins.
@@ -40,14 +40,20 @@ def move_experts(
     for number, moves in enumerate(rounds(plan, in_flight)):
         if number:
             between()
-        sends, receives = [], []
+        sends, receives, via_host = [], [], []
         for tag, move in enumerate(moves):
             source, target = plan.rank_of(move.source), plan.rank_of(move.target)
             if source == rank:
-                sends += [(tensor, position[target], tag) for tensor in read(move)]
+                sends += [(tensor.cpu() if group.on_cpu else tensor, position[target], tag) for tensor in read(move)]
             elif target == rank:
-                receives += [(tensor, position[source], tag) for tensor in write(move)]
+                for tensor in write(move):
+                    landing = torch.empty_like(tensor, device="cpu") if group.on_cpu and tensor.is_cuda else tensor
+                    via_host.append((tensor, landing))
+                    receives.append((landing, position[source], tag))
         group.exchange(sends, receives)
+        for tensor, landing in via_host:
+            if landing is not tensor:
+                tensor.copy_(landing)
 
 
 def rounds(plan: TransferPlan, in_flight: int) -> Iterator[list[Move]]:
@@ -55,11 +61,8 @@ def rounds(plan: TransferPlan, in_flight: int) -> Iterator[list[Move]]:
     `in_flight`."""
     moves: list[Move] = []
     busy: Counter[tuple[str, int]] = Counter()
-    for move in plan.moves:
-        source, target = plan.rank_of(move.source), plan.rank_of(move.target)
-        if move.source < 0 or source == target:
-            continue
-        ends = (("sends", source), ("receives", target))
+    for move in travels(plan):
+        ends = (("sends", plan.rank_of(move.source)), ("receives", plan.rank_of(move.target)))
         if any(busy[end] >= in_flight for end in ends):
             yield moves
             moves, busy = [], Counter()
@@ -67,3 +70,10 @@ def rounds(plan: TransferPlan, in_flight: int) -> Iterator[list[Move]]:
         busy.update(ends)
     if moves:
         yield moves
+
+
+def travels(plan: TransferPlan) -> Iterator[Move]:
+    """The moves of `plan` from one rank to another, in its order."""
+    for move in plan.moves:
+        if move.source >= 0 and plan.rank_of(move.source) != plan.rank_of(move.target):
+            yield move

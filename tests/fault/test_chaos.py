@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from serving_harness import REPOSITORY
+from serving_harness import REPOSITORY, Server, torchrun
 
 from launch.chaos_config import KINDS, ChaosRunConfig, server_overrides
 from launch.chaos_disk import flip_experts
@@ -94,7 +94,7 @@ def a_round(lost: list[int], answer: Answer, kind: str = "kill", rejected: int =
         "rejected": rejected,
     }  # fmt: skip
     reports = tuple({"rank": rank, "report": report} for rank in (0, 1))
-    return Round(Fault(kind, (2,), 0.5, 0.0), 10.0, True, (answer,), reports, 3.0, "")
+    return Round(Fault(kind, (2,), 0.5, 0.0), 10.0, True, (answer,), reports, 3.0, "", 0.05)
 
 
 def test_the_summary():
@@ -107,6 +107,7 @@ def test_the_summary():
     wanted_ms = {"detect": 100.0, "view": 10.0, "groups": 20.0, "repair": 30.0, "commit": 40.0, "repeat": 100.0}
     assert good["phase_ms"] == {phase: {"p50": ms, "p99": ms} for phase, ms in wanted_ms.items()}
     assert good["bytes_by_source"] == {"disk": 64}
+    assert good["client_lag_ms"] == 50.0
     assert good["bytes_lower_bound"] == 64
     assert not is_good(good, max_gap_ms=399)
     assert not is_good(good | {"bytes_lower_bound": 63})
@@ -156,17 +157,45 @@ def test_what_the_server_is_told():
             load(ChaosRunConfig, "chaos", [mistake])
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(170)
-def test_two_faults_by_the_command_line():
-    command = [sys.executable, "launch/chaos.py", "chaos.faults=2", "chaos.kinds=kill,kill_two", "chaos.requests=8"]
+def run_chaos(*overrides: str) -> dict:
+    """The summary of a run that is good."""
+    command = [sys.executable, "launch/chaos.py", "chaos.requests=8", *overrides]
     run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=160, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     found = json.loads(run.stdout.splitlines()[-1])
-    assert found["requests"] == found["finished"] == 16
+    planned = found["faults"]["planned"]
+    assert found["requests"] == found["finished"] == 8 * planned
     assert found["mismatched"] == found["duplicated"] == found["lost"] == 0
-    assert found["faults"] == {"planned": 2, "fired": 2, "counted": 2}
+    assert found["faults"] == {"planned": planned, "fired": planned, "counted": planned}
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(170)
+def test_two_faults_by_the_command_line():
+    found = run_chaos("chaos.faults=2", "chaos.kinds=kill,kill_two")
+    assert found["faults"]["planned"] == 2
     assert found["gap_ms"].keys() == {"p50", "p99", "max"}
     assert found["phase_ms"].keys() == {"detect", "view", "groups", "repair", "commit", "repeat"}
-    assert sum(found["bytes_by_source"].values()) > 0
-    assert found["bytes_lower_bound"] > 0
+    assert sum(found["bytes_by_source"].values()) == found["bytes_lower_bound"] > 0
+    assert found["rejected"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(170)
+def test_a_bad_disk_then_the_loss_of_a_node():
+    found = run_chaos("chaos.faults=2", "chaos.kinds=kill_node,corrupt", "chaos.nodes=2")
+    assert found["faults"]["planned"] == 2
+    assert found["gap_ms_by_kind"].keys() == {"corrupt", "kill_node"}
+    assert found["rejected"] > 0
+    assert sum(found["bytes_by_source"].values()) == found["bytes_lower_bound"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(170)
+def test_a_server_that_runs_already():
+    with Server(torchrun(3), "log_level=warning", "elastic.hang_timeout_s=5") as server:
+        found = run_chaos("chaos.faults=2", "chaos.kinds=kill,term", f"chaos.url={server.url}")
+        assert found["faults"]["planned"] == 2
+        server.wait_until_idle()
+        server.stop()

@@ -51,7 +51,7 @@ def test_balance_reads_traces(tmp_path):
 def test_help_and_no_torch():
     ended = bench("--help")
     assert ended.returncode == 0
-    assert "  bench=balance|exchange|layer" in ended.stdout
+    assert "  bench=balance|exchange|gpu_serve|layer|rebalance" in ended.stdout
     code = "import sys; sys.argv = ['bench.py', '--help']; from launch import bench; bench.main(); "
     code += "import launch.bench_balance; assert 'torch' not in sys.modules"
     command = [sys.executable, "-c", code]
@@ -80,6 +80,25 @@ def test_a_mistake_is_told_in_one_line(override, message):
         load(BenchRunConfig, "bench", [override])
     assert str(refused.value).startswith(message)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("bench.model=large", "bench.model='large': must be one of demo, random"),
+        ("bench.ranks=1", "bench.ranks=1: must be 2 or more"),
+        ("bench.streams=0", "bench.streams=0: must be 1 or more"),
+        ("bench.tokens=1", "bench.tokens=1: must be 2 or more"),
+        ("bench.redundant_slots=-1", "bench.redundant_slots=-1: must be 0 or more"),
+        ("bench.interval_s=0", "bench.interval_s=0.0: must be more than 0, and finite"),
+        ("bench.threshold=0.5", "bench.threshold=0.5: must be 1 or more, and finite"),
+        ("bench.half_life_steps=0", "bench.half_life_steps=0: must be 1 or more"),
+    ],
+)
+def test_a_mistake_in_a_key_of_rebalance_too(override, message):
+    with pytest.raises(ValueError) as refused:  # noqa: PT011 - the message is looked at
+        load(BenchRunConfig, "bench", ["bench=rebalance", override])
+    assert str(refused.value) == message
 
 
 def test_a_mistake_ends_with_2():

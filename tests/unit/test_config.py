@@ -42,6 +42,11 @@ def test_overrides_are_typed():
     assert load(ServeConfig, "config", ["elastic.slots_per_rank=null"]).elastic.slots_per_rank is None
 
 
+@pytest.mark.parametrize("mode", ["off", "sync", "async"])
+def test_a_mode_is_a_word_and_off_no_boolean(mode: str):
+    assert load(ServeConfig, "config", [f"eplb.mode={mode}"]).eplb.mode == mode
+
+
 def test_every_model_has_all_keys():
     keys = {field.name for field in dataclasses.fields(type(ServeConfig().model))}
     for option in groups(ServeConfig)["model"]:
@@ -58,7 +63,7 @@ def test_every_model_has_all_keys():
         ("hydra.run.dir=/tmp", "unknown key 'hydra.run.dir'"),
         (
             "=3",
-            "unknown key ''; did you mean elastic or log_level or model or server or serving? --help lists all keys",
+            "unknown key ''; did you mean elastic or eplb or log_level or model or server or serving?",
         ),
         ("--port=1", "unknown key '--port'"),
         ("~model", "'~model' is not KEY=VALUE; --help lists the keys"),
@@ -80,6 +85,19 @@ def test_every_model_has_all_keys():
         ("elastic.exchange_timeout_s=0", "elastic.exchange_timeout_s=0.0: must be more than 0 seconds"),
         ("elastic.exchange_timeout_s=inf", "elastic.exchange_timeout_s=inf: must be more than 0 seconds, and finite"),
         ("elastic.start_timeout_s=nan", "elastic.start_timeout_s=nan: must be more than 0 seconds"),
+        ("eplb.mode=on", "eplb.mode='on': must be one of off, sync, async"),
+        ("eplb.algorithm=best", "eplb.algorithm='best': must be one of search, deepseek"),
+        ("eplb.interval_s=0", "eplb.interval_s=0.0: must be more than 0, and finite"),
+        ("eplb.interval_s=inf", "eplb.interval_s=inf: must be more than 0, and finite"),
+        ("eplb.threshold=0.99", "eplb.threshold=0.99: must be 1 or more, and finite"),
+        ("eplb.threshold=nan", "eplb.threshold=nan: must be 1 or more, and finite"),
+        ("eplb.half_life_steps=0", "eplb.half_life_steps=0: must be 1 or more"),
+        ("eplb.layers_per_chunk=0", "eplb.layers_per_chunk=0: must be 1 or more"),
+        ("eplb.staging_mb=0", "eplb.staging_mb=0: must be 1 or more"),
+        ("eplb.staging_mb=1.5", "eplb.staging_mb: "),
+        ("eplb.mb_per_step=0", "eplb.mb_per_step=0.0: must be more than 0, and finite"),
+        ("eplb.link_gb_per_s=-1", "eplb.link_gb_per_s=-1.0: must be more than 0, and finite"),
+        ("eplb.initial_loads=/no/such", "eplb.initial_loads='/no/such': must be empty, or name a JSON file"),
         ("serving.max_model_len=1", "serving.max_model_len=1: must be null, or 2 or more"),
         ("serving.max_requests=0", "serving.max_requests=0: must be 1 or more"),
         ("serving.max_batch_tokens=0", "serving.max_batch_tokens=0: must be 1 or more"),

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from elastic_moe.exchange.epochs import CollectiveExchanges, ExchangeConfig, SymmetricExchanges, exchanges_of
+from elastic_moe.config import ExchangeConfig
+from elastic_moe.exchange.epochs import CollectiveExchanges, SymmetricExchanges, exchanges_of
 from elastic_moe.membership.groups import EpochGroups
 from elastic_moe.membership.view import Member, View
 
@@ -15,7 +16,7 @@ CPU = torch.device("cpu")
     ("config", "message"),
     [
         (ExchangeConfig(kind="nvshmem"), "exchange.kind='nvshmem': must be one of collective, symmetric"),
-        (ExchangeConfig(max_tokens=0), "exchange.max_tokens=0: must be at least 1"),
+        (ExchangeConfig(max_tokens=0), "exchange.max_tokens=0: must be 1 or more"),
         (ExchangeConfig(kind="symmetric"), "exchange.kind=symmetric needs a CUDA device, not cpu"),
     ],
 )

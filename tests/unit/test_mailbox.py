@@ -5,13 +5,26 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 
 import msgspec
+import numpy as np
 import pytest
 import zmq
 
 from elastic_moe.membership.view import Member, View
 from elastic_moe.serving import mailbox as module
 from elastic_moe.serving.mailbox import Mailbox
-from elastic_moe.serving.protocol import DROPPED, Cancel, Hello, Status, Submit, Tokens, decode_to_front_end, encode
+from elastic_moe.serving.protocol import (
+    DROPPED,
+    AskLoads,
+    Cancel,
+    Hello,
+    Loads,
+    Rebalance,
+    Status,
+    Submit,
+    Tokens,
+    decode_to_front_end,
+    encode,
+)
 
 STATUS = Status(rank=3, incarnation="x", phase="serving", view=View(1, (Member(3, 0, "x", 1, "host", "", ""),)))
 WAIT_S = 10.0
@@ -28,7 +41,7 @@ class FrontEnd:
     def send(self, message: msgspec.Struct) -> None:
         self.socket.send(encode(message))
 
-    def receive(self, within_s: float = WAIT_S) -> Tokens | Status | None:
+    def receive(self, within_s: float = WAIT_S) -> object:
         """The next message, None when there is none in time."""
         return decode_to_front_end(self.socket.recv()) if self.socket.poll(within_s * 1000) else None
 
@@ -40,7 +53,8 @@ class Harness:
         self.status: Status | None = STATUS
         self._stack = stack
         self._context = stack.enter_context(zmq.Context())
-        self.mailbox = Mailbox("127.0.0.1", lambda: self.status)
+        self.loads = np.array([[1.0, 2.4], [2.6, 0.0]])
+        self.mailbox = Mailbox("127.0.0.1", lambda: self.status, lambda: self.loads)
         self.mailbox.start()
 
     def front_end(self) -> FrontEnd:
@@ -173,3 +187,20 @@ def test_the_requests_of_a_silent_front_end_are_cancelled(harness: Harness, quic
         pass
     assert message == Tokens("b", "x", 0, [2])
     assert harness.mailbox.inbox.empty()
+
+
+def test_loads_are_told_without_the_step_loop(harness: Harness):
+    front_end, another = harness.front_end(), harness.front_end()
+    front_end.send(AskLoads("first"))
+    assert front_end.receive() == Loads("first", [[1, 2], [3, 0]])
+    harness.status = None  # before the model is loaded
+    another.send(AskLoads("second"))
+    assert another.receive() == Loads("second", [])
+    assert harness.mailbox.inbox.empty()
+
+
+def test_a_rebalance_is_the_step_loops(harness: Harness):
+    front_end = harness.front_end()
+    front_end.send(Rebalance("op"))
+    front_end.send(submit("a"))
+    assert [harness.next() for _ in range(2)] == [Rebalance("op"), submit("a")]

@@ -1,0 +1,120 @@
+"""bench=gpu_serve: tokens per second of a whole server on GPUs, by number of ranks and streams, with CUDA graphs and without.
+
+The model is Qwen3-MoE with random weights (`GPU_SHAPE`). Ranks get a GPU each where there are as many; else they share:
+then the figures show what sharing costs, not what more GPUs bring. With one rank nothing is exchanged. Texts are compared
+with those of one rank without graphs: `tokens_equal`. The limit beside each figure is that of reading every weight that
+a step needs once per step from the memory of the GPUs that there are.
+"""
+
+import asyncio
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from launch.bench_config import BenchConfig
+from launch.chaos_load import PROMPTS, Answer, Ask, Load, gaps_s
+from launch.chaos_server import START_TIMEOUT_S, OwnServer, Target
+from launch.random_model import GPU_SHAPE, bytes_per_step, make_random_model
+
+MEMORY_BYTES_PER_S = {"H100": 3.35e12, "H200": 4.3e12}
+"""Datasheet of the H100, measured on the H200 (docs/performance.md)."""
+POLL_S = 0.2
+WARM_UP_TOKENS = 8
+
+
+def run(config: BenchConfig) -> Iterator[dict[str, Any]]:
+    """One result for each number of ranks, kind of forward and number of streams.
+
+    Raises:
+        ValueError: there is no GPU, or a server failed.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ValueError("bench=gpu_serve needs a GPU")
+    machine = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    with tempfile.TemporaryDirectory(prefix="gpu-model-") as folder:
+        make_random_model(Path(folder), config.seed, GPU_SHAPE)
+        wanted: dict[int, list[str]] = {}
+        for ranks in config.rank_counts():
+            for graphs in (False, True):
+                for row in asyncio.run(_measure(folder, ranks, graphs, config, wanted)):
+                    yield {"machine": machine, "ranks": ranks, "cuda_graphs": graphs, **row}
+
+
+async def _measure(
+    folder: str, ranks: int, graphs: bool, config: BenchConfig, wanted: dict[int, list[str]]
+) -> Sequence[dict[str, Any]]:
+    overrides = [
+        "model=hf",
+        f"model.path={folder}",
+        "model.name=random",
+        f"model.dtype={config.dtype}",
+        "model.device=cuda",
+        "server.port=0",
+        "log_level=warning",
+        "serving.max_requests=256",
+        f"serving.cuda_graphs={str(graphs).lower()}",
+        f"exchange.kind={'symmetric' if ranks > 1 else 'collective'}",
+        "elastic.hang_timeout_s=60",
+    ]
+    with OwnServer(ranks, 1, overrides) as server:
+        try:
+            target = Target(await server.url())
+            await _until_it_serves(target, ranks)
+            rows = [await _stream(target, streams, config, wanted, ranks) for streams in config.stream_counts()]
+        except (RuntimeError, httpx.HTTPError) as error:
+            raise ValueError(f"{error or type(error).__name__} (what the server said: {server.folder})") from error
+        server.forget_output()
+    return rows
+
+
+async def _until_it_serves(target: Target, ranks: int) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while True:
+        status = await target.status()
+        if status["phase"] == "serving" and len(status["members"]) == ranks:
+            return
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"not all ranks serve at {target.url} after {START_TIMEOUT_S:.0f} s")
+        await asyncio.sleep(POLL_S)
+
+
+async def _stream(
+    target: Target, streams: int, config: BenchConfig, wanted: dict[int, list[str]], ranks: int
+) -> dict[str, Any]:
+    """The second of two equal runs: in the first, graphs are captured."""
+    asks = [Ask(PROMPTS[i % len(PROMPTS)], config.tokens, temperature=0.0, seed=0) for i in range(streams)]
+    model = await target.model()
+    for _ in range(2):
+        load = Load(target.url, model, asks)
+        begin = time.monotonic()
+        await load.run()
+        seconds = time.monotonic() - begin
+    texts = [answer.text for answer in load.answers]
+    same = sum(text == other for text, other in zip(texts, wanted.setdefault(streams, texts), strict=True))
+    gaps = sorted(gaps_s(load.answers))
+    step_bytes = bytes_per_step(GPU_SHAPE, streams)
+    bandwidth = next((rate for name, rate in MEMORY_BYTES_PER_S.items() if name in _gpu_name()), 0.0)
+    return {
+        "streams": streams,
+        "tokens_per_s": _num_tokens(load.answers) / seconds,
+        "itl_ms": {"p50": gaps[len(gaps) // 2] * 1e3, "p99": gaps[int(len(gaps) * 0.99)] * 1e3},
+        "limit_itl_ms": step_bytes / bandwidth * 1e3 if bandwidth else None,
+        "tokens_equal": same == len(texts),
+        "texts_equal": f"{same}/{len(texts)}",
+    }
+
+
+def _gpu_name() -> str:
+    import torch
+
+    return torch.cuda.get_device_name()
+
+
+def _num_tokens(answers: Sequence[Answer]) -> int:
+    return sum(answer.num_tokens for answer in answers)

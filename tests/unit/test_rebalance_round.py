@@ -1,0 +1,218 @@
+"""One round on two ranks, threads of this process: what a wrong digest in staging leads to, and what a failure leaves.
+
+An expert's weights are a formula of layer and expert, so that a misplaced or wrong byte shows.
+"""
+
+import queue
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from elastic_moe.config import EplbConfig
+from elastic_moe.control.rebalance import Round, load_balancer
+from elastic_moe.membership.view import Member, View
+from elastic_moe.placement.placement import Placement
+from elastic_moe.placement.registry import PlacementRegistry
+from elastic_moe.placement.topology import Topology
+from elastic_moe.transport.staging import GroupStaging
+from elastic_moe.weights.digest import digest
+from elastic_moe.weights.store import ExpertStore
+
+WAIT_S = 10.0
+LAYERS, EXPERTS, RANKS, SLOTS = 2, 4, 2, 2
+VIEW = View(5, tuple(Member(rank, 0, f"i{rank}", 1, "host", "", "") for rank in range(RANKS)))
+LOADS = np.array([[10.0, 10.0, 1.0, 1.0], [30.0, 30.0, 1.0, 1.0]])
+"""Both busy experts of each layer are on rank 0."""
+
+
+def weights(layer: int, expert: int) -> torch.Tensor:
+    return torch.arange(6.0) + 100 * layer + 10 * expert
+
+
+class Wires:
+    """What the ranks of one fake group share."""
+
+    def __init__(self) -> None:
+        self.barrier = threading.Barrier(RANKS, timeout=WAIT_S)
+        self.said: list[Any] = [None] * RANKS
+        self.parcels: dict[tuple[int, int, int], queue.SimpleQueue[torch.Tensor]] = {}
+        self.lock = threading.Lock()
+        self.spoilt: set[int] = set()
+        """Numbers of the parcels of which a bit is flipped on their way, counted over the whole group."""
+        self.sent = 0
+
+    def lane(self, source: int, target: int, tag: int) -> "queue.SimpleQueue[torch.Tensor]":
+        with self.lock:
+            return self.parcels.setdefault((source, target, tag), queue.SimpleQueue())
+
+    def spoil(self, tensor: torch.Tensor) -> torch.Tensor:
+        with self.lock:
+            if self.sent in self.spoilt:
+                tensor.view(torch.uint8)[3] ^= 8
+            self.sent += 1
+        return tensor
+
+
+class Group:
+    """The calls of `membership.groups.Group` that a round makes."""
+
+    size = RANKS
+
+    def __init__(self, wires: Wires, rank: int) -> None:
+        self.wires, self.rank = wires, rank
+
+    def _gather(self, mine: Any) -> list[Any]:
+        wires = self.wires
+        wires.said[self.rank] = mine
+        wires.barrier.wait()
+        said = list(wires.said)
+        wires.barrier.wait()
+        return said
+
+    def all_reduce_max(self, values: list[int]) -> list[int]:
+        return np.max(self._gather(values), axis=0).tolist()
+
+    def broadcast(self, message: bytes | None) -> bytes:
+        (only,) = [said for said in self._gather(message) if said is not None]
+        return only
+
+    def exchange(self, sends: Any, receives: Any) -> None:
+        for tensor, peer, tag in sends:
+            self.wires.lane(self.rank, peer, tag).put(self.wires.spoil(tensor.clone()))
+        for tensor, peer, tag in receives:
+            tensor.copy_(self.wires.lane(peer, self.rank, tag).get(timeout=WAIT_S))
+
+
+class Layer:
+    """What a store needs of SlotExperts."""
+
+    layout = SimpleNamespace(num_experts=EXPERTS, num_bytes=24)
+
+    def __init__(self, layer: int, experts: list[int]) -> None:
+        self.slots = torch.stack([weights(layer, expert) for expert in experts])
+
+    def slot_tensors(self, slot: int) -> list[torch.Tensor]:
+        return [self.slots[slot]]
+
+
+class Rank:
+    """One rank, from the placement in order."""
+
+    def __init__(self, rank: int, wires: Wires, *, disk_is_right: bool, layers_per_chunk: int) -> None:
+        self.rank, self.disk_is_right = rank, disk_is_right
+        self.disk_reads: list[tuple[int, int]] = []
+        self.committed: list[Placement] = []
+        placement = Placement(np.tile(np.arange(EXPERTS), (LAYERS, 1)), EXPERTS, SLOTS, version=1, epoch=VIEW.epoch)
+        self.registry = PlacementRegistry(placement, rank, Topology.uniform(RANKS), torch.device("cpu"))
+        held = placement.of_rank(rank)
+        layers: Any = [Layer(layer, held[layer].tolist()) for layer in range(LAYERS)]
+        self.store = ExpertStore(layers, held, self.read)
+        self.store.digests = np.array(
+            [[digest([weights(layer, expert)]) for expert in range(EXPERTS)] for layer in range(LAYERS)]
+        )
+        group: Any = Group(wires, rank)
+        config = EplbConfig(mode="async", layers_per_chunk=layers_per_chunk)
+        self.round = Round(
+            VIEW, rank, group, self.registry, self.store, config, GroupStaging(),
+            swap=lambda act: act(), pause=lambda: None, committed=self.committed.append,
+        )  # fmt: skip
+
+    def read(self, layer: int, expert: int, out: Any) -> int:
+        self.disk_reads.append((layer, expert))
+        out[0].copy_(weights(layer, expert) if self.disk_is_right else weights(layer, expert) + 1)
+        return 24
+
+    def check(self) -> None:
+        """Every slot holds what the committed placement says, byte for byte."""
+        placement = self.registry.placement
+        assert np.array_equal(self.store.held, placement.of_rank(self.rank))
+        for layer, slot in np.ndindex(self.store.held.shape):
+            assert torch.equal(self.store.tensors(layer, slot)[0], weights(layer, self.store.held[layer, slot]))
+        self.registry.check_integrity()
+
+
+def run_round(*, spoilt=(), disk_is_right=True, layers_per_chunk=LAYERS, loads=LOADS):
+    """Both ranks, and their reports."""
+    load_balancer()  # compiled here, not in a thread
+    wires = Wires()
+    wires.spoilt = set(spoilt)
+    ranks = [Rank(rank, wires, disk_is_right=disk_is_right, layers_per_chunk=layers_per_chunk) for rank in range(RANKS)]
+    with ThreadPoolExecutor(RANKS) as pool:
+        rounds = [pool.submit(rank.round.run, 4, loads, (f"op{rank.rank}",), asked=False) for rank in ranks]
+        reports = [one.result(6 * WAIT_S) for one in rounds]
+    for rank in ranks:
+        rank.check()
+    return ranks, reports
+
+
+def test_a_round_moves_the_experts_and_tells_of_it():
+    ranks, reports = run_round()
+    for rank, report in zip(ranks, reports, strict=True):
+        assert (report.epoch, report.number, report.outcome, report.ops) == (5, 4, "moved", (f"op{rank.rank}",))
+        assert report.max_mean_after == pytest.approx(1.0)
+        assert report.max_mean_before > 1.8
+        assert report.version == rank.registry.placement.version == 2
+        assert report.bytes_by_source == {"node": 4 * 24}
+        assert (report.num_moves, report.bytes_lower_bound) == (4, 4 * 24)
+        assert not rank.disk_reads
+        assert [placement.version for placement in rank.committed] == [2]
+    assert ranks[0].registry.placement.hash == ranks[1].registry.placement.hash
+    for layer in range(LAYERS):
+        assert [len({0, 1} & set(rank.store.held[layer].tolist())) for rank in ranks] == [1, 1]
+
+
+def test_chunks_are_committed_one_after_the_other():
+    ranks, reports = run_round(layers_per_chunk=1)
+    assert [report.num_chunks for report in reports] == [2, 2]
+    assert [[placement.version for placement in rank.committed] for rank in ranks] == [[2, 3], [2, 3]]
+    assert [report.version for report in reports] == [3, 3]
+
+
+def test_what_came_with_a_wrong_digest_is_read_from_disk():
+    ranks, reports = run_round(spoilt=[1])
+    assert [report.outcome for report in reports] == ["moved", "moved"]
+    assert sum(len(rank.disk_reads) for rank in ranks) == 1
+
+
+def test_when_the_disk_is_wrong_too_both_ranks_keep_what_they_had():
+    ranks, reports = run_round(spoilt=[1], disk_is_right=False)
+    assert sum(len(rank.disk_reads) for rank in ranks) == 1
+    assert [report.outcome for report in reports] == ["failed", "failed"]
+    (reader,) = [rank.rank for rank in ranks if rank.disk_reads]
+    assert "the checkpoint's bytes have another digest than at start" in reports[reader].reason
+    assert reports[1 - reader].reason == "another rank could not get an expert"
+    for rank, report in zip(ranks, reports, strict=True):
+        assert (rank.registry.placement.version, report.version) == (1, 1)
+        assert rank.store.held.tolist() == [[2 * rank.rank, 2 * rank.rank + 1]] * LAYERS
+        assert not rank.committed
+        assert (report.num_moves, report.bytes_by_source) == (0, {})
+
+
+def test_a_failure_in_a_later_chunk_leaves_the_placement_between():
+    ranks, reports = run_round(spoilt=[2], disk_is_right=False, layers_per_chunk=1)
+    assert [(report.outcome, report.version, report.num_chunks) for report in reports] == [("failed", 2, 1)] * 2
+    for rank in ranks:
+        assert rank.store.held[1].tolist() == [2 * rank.rank, 2 * rank.rank + 1], "the second layer is as before"
+        assert [placement.version for placement in rank.committed] == [2]
+
+
+def test_a_planner_that_fails_changes_nothing(monkeypatch):
+    def broken(*_args, **_settings):
+        raise ZeroDivisionError("of the planner")
+
+    load_balancer()
+    monkeypatch.setattr("elastic_moe.control.rebalance.load_balancer", lambda: broken)
+    ranks, reports = run_round()
+    assert [report.outcome for report in reports] == ["failed", "failed"]
+    assert {report.reason for report in reports} == {"the balancer failed: of the planner"}
+    assert not any(rank.committed for rank in ranks)
+
+
+def test_even_loads_move_nothing():
+    _, reports = run_round(loads=np.ones((LAYERS, EXPERTS)))
+    assert {(report.outcome, report.num_chunks, report.version) for report in reports} == {("kept", 0, 1)}
