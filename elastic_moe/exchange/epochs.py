@@ -1,5 +1,6 @@
 """The exchanges of one rank over the epochs: what is reserved once, and what each view needs."""
 
+import logging
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from elastic_moe.config import ExchangeConfig
+from elastic_moe.errors import PeerLost
 from elastic_moe.exchange.collective import CollectiveExchange
 from elastic_moe.exchange.interface import TokenExchange
 from elastic_moe.exchange.layout import ExchangeLayout
@@ -15,6 +17,8 @@ from elastic_moe.membership.view import Member, View
 
 if TYPE_CHECKING:
     from elastic_moe.exchange.symmetric import SymmetricExchange
+
+log = logging.getLogger("elastic_moe.exchange")
 
 
 @dataclass(frozen=True)
@@ -38,11 +42,8 @@ class Exchanges(ABC):
 
     @abstractmethod
     def enter(self, view: View, groups: EpochGroups, slots_per_rank: int) -> TokenExchange:
-        """The exchange of `view`, whose groups are built. Collective. It breaks off when the groups are aborted.
-
-        Raises:
-            PeerLost: a member did not come.
-        """
+        """The exchange of `view`, whose groups are built. Collective. It breaks off when the groups are aborted; they
+        are, if a member did not come."""
 
     def close(self) -> None:  # noqa: B027 - most have nothing to give back
         """Give back what is reserved."""
@@ -97,7 +98,11 @@ class SymmetricExchanges(Exchanges):
         exchange = self._exchange
         if exchange is None:
             raise ValueError("exchange.kind=symmetric: memory must be reserved before experts are placed, see reserve")
-        exchange.enter(view, slots_per_rank, groups.control.barrier)
+        try:
+            exchange.enter(view, slots_per_rank, groups.control.barrier)
+        except PeerLost as error:
+            log.warning("symmetric exchange: %s", error)
+            groups.abort()  # so the next handshake says so too, and this rank recovers again
         groups.when_aborted(lambda: exchange.abort(view.epoch))
         return exchange
 

@@ -39,8 +39,8 @@ class SymmetricExchange(TokenExchange):
     """Dispatch in two kernels, combine in one.
 
     Of one rank, for as long as its process lives: buffers are reserved once, for `max_tokens` of every rank going to
-    one (`ExchangeLayout.num_bytes`). `enter` begins an epoch; before the first, and after an error, calls do nothing.
-    All calls are made on one stream. An error shows up in `check` only: until then results are garbage.
+    one (`ExchangeLayout.num_bytes`). `enter` begins an epoch; before the first, meanwhile, and after an error, calls do
+    nothing. All calls are made on one stream. An error shows up in `check` only: until then results are garbage.
     """
 
     def __init__(
@@ -83,6 +83,7 @@ class SymmetricExchange(TokenExchange):
         self._epoch = -1
         self._memory = PeerMemory(_name(incarnation), rank, layout.num_seats, layout.num_bytes, device)
         self._state = torch.zeros(STATE_SIZE, dtype=torch.int64, device=device)
+        self._state[ERROR] = LEFT
         seats = layout.seats_padded
         self._tokens = torch.zeros(seats, dtype=torch.int32, device=device)
         self._begins = torch.zeros(power_of_2(layout.max_slots) * seats, dtype=torch.int32, device=device)
@@ -112,22 +113,22 @@ class SymmetricExchange(TokenExchange):
                 f"cannot enter epoch {view.epoch} after {self._epoch} with {slots_per_rank} slots (reserved: "
                 f"{self._layout.max_slots}) on hosts {sorted(hosts)}: a symmetric exchange works within one host"
             )
-        self._state[ALIVE] = 0
+        self._state[ERROR] = LEFT
         torch.cuda.synchronize(self._device)
         self._shut_out(view)
         self._memory.connect({m.rank: _name(m.incarnation) for m in view.members}, self._timeout_s)
-        self._epoch = view.epoch
         if slots_per_rank != self._slots_per_rank:
             self._slots_per_rank = slots_per_rank
             self._compile()
+        torch.cuda.synchronize(self._device)
+        barrier()
+        self._epoch = view.epoch
         state = [0] * STATE_SIZE
         state[EPOCH] = view.epoch
         state[PATIENCE_NS] = int(self._timeout_s * 1e9)
         state[ALIVE] = sum(1 << rank for rank in view.ranks)
         state[ABORT] = self._word.data_ptr()
         self._state.copy_(torch.tensor(state))
-        torch.cuda.synchronize(self._device)
-        barrier()
 
     def agree_on_tokens(self, num_tokens: int) -> None:
         """No rank dispatches more than `num_tokens` in a call from now on; all ranks say the same. Makes M smaller.
@@ -162,49 +163,8 @@ class SymmetricExchange(TokenExchange):
         max_rows = layout.max_rows(self._bound, self._slots_per_rank)
         rows = hidden.new_empty((max_rows, layout.hidden_size))
         offsets = torch.empty(self._slots_per_rank, dtype=torch.int32, device=self._device)
-        chunks = max(1, -(-num_tokens * layout.top_k // CHUNK))
-        row = self._row_settings()
-        _kernels.dispatch_tokens[(chunks + min(num_tokens, self._programs),)](
-            self._memory.table,
-            self._state,
-            self._memory.local,
-            hidden,
-            slots,
-            self._begins,
-            self._tokens,
-            offsets,
-            num_tokens,
-            max_rows,
-            self._rank,
-            self._slots_per_rank,
-            max_tokens=layout.max_tokens,
-            max_slots=layout.max_slots,
-            at_flags=layout.flags,
-            at_counts=layout.counts,
-            at_choices=layout.choices,
-            at_arrivals=layout.arrivals,
-            SEATS=layout.num_seats,
-            SLOTS_PAD=power_of_2(self._slots_per_rank),
-            BINS=power_of_2(layout.num_seats * self._slots_per_rank + 1),
-            K_PAD=power_of_2(layout.top_k),
-            CHUNK=CHUNK,
-            FP8=self._fp8,
-            **row,
-        )
-        _kernels.place_rows[(min(self._bound * layout.num_seats, self._programs),)](
-            self._memory.local,
-            self._begins,
-            self._tokens,
-            rows,
-            self._origins,
-            max_tokens=layout.max_tokens,
-            at_choices=layout.choices,
-            at_arrivals=layout.arrivals,
-            SEATS=layout.num_seats,
-            K_PAD=power_of_2(layout.top_k),
-            FP8=self._fp8,
-            **row,
-        )
+        self._send(hidden, slots, offsets, max_rows)
+        self._place(rows)
         return Dispatched(rows, offsets, _Ticket(slots, offsets))
 
     def combine(self, rows: torch.Tensor, ticket: Any) -> torch.Tensor:
@@ -270,8 +230,56 @@ class SymmetricExchange(TokenExchange):
                 self._memory.write(rank, self._layout.fence, fence, torch.cuda.current_stream(self._device))
         torch.cuda.synchronize(self._device)
 
+    def _send(self, hidden: torch.Tensor, slots: torch.Tensor, offsets: torch.Tensor, max_rows: int) -> None:
+        layout, num_tokens = self._layout, hidden.shape[0]
+        chunks = max(1, -(-num_tokens * layout.top_k // CHUNK))
+        _kernels.dispatch_tokens[(chunks + min(num_tokens, self._programs),)](
+            self._memory.table,
+            self._state,
+            self._memory.local,
+            hidden,
+            slots,
+            self._begins,
+            self._tokens,
+            offsets,
+            num_tokens,
+            max_rows,
+            self._rank,
+            self._slots_per_rank,
+            max_tokens=layout.max_tokens,
+            max_slots=layout.max_slots,
+            at_flags=layout.flags,
+            at_counts=layout.counts,
+            at_choices=layout.choices,
+            at_arrivals=layout.arrivals,
+            SEATS=layout.num_seats,
+            SLOTS_PAD=power_of_2(self._slots_per_rank),
+            BINS=power_of_2(layout.num_seats * self._slots_per_rank + 1),
+            K_PAD=power_of_2(layout.top_k),
+            CHUNK=CHUNK,
+            FP8=self._fp8,
+            **self._row_settings(),
+        )
+
+    def _place(self, rows: torch.Tensor) -> None:
+        layout = self._layout
+        _kernels.place_rows[(min(self._bound * layout.num_seats, self._programs),)](
+            self._memory.local,
+            self._begins,
+            self._tokens,
+            rows,
+            self._origins,
+            max_tokens=layout.max_tokens,
+            at_choices=layout.choices,
+            at_arrivals=layout.arrivals,
+            SEATS=layout.num_seats,
+            K_PAD=power_of_2(layout.top_k),
+            FP8=self._fp8,
+            **self._row_settings(),
+        )
+
     def _compile(self) -> None:
-        """Run every kernel once while nobody is alive: nothing is sent, and peers need not wait for a compiler."""
+        """Run every kernel once outside of any epoch: nothing is sent, and peers need not wait for a compiler."""
         layout = self._layout
         hidden = torch.zeros((1, layout.hidden_size), dtype=self._dtype, device=self._device)
         slots = torch.full((1, layout.top_k), -1, device=self._device)
