@@ -1,9 +1,10 @@
-"""bench=gpu_serve: tokens per second of a whole server on GPUs, by number of ranks and streams, with CUDA graphs and without.
+"""bench=gpu_serve: tokens per second of a whole server on GPUs, by ranks and streams, with CUDA graphs and without.
 
 The model is Qwen3-MoE with random weights (`GPU_SHAPE`). Ranks get a GPU each where there are as many; else they share:
-then the figures show what sharing costs, not what more GPUs bring. With one rank nothing is exchanged. Texts are compared
-with those of one rank without graphs: `tokens_equal`. The limit beside each figure is that of reading every weight that
-a step needs once per step from the memory of the GPUs that there are.
+then the figures show what sharing costs, not what more GPUs bring. With one rank nothing is exchanged. Texts are
+compared
+with those of one rank without graphs: `tokens_equal`. The limit beside each figure is that of reading every weight
+that a step needs once from the memory of the GPUs that there are.
 """
 
 import asyncio
@@ -59,7 +60,7 @@ async def _measure(
         "log_level=warning",
         "serving.max_requests=256",
         f"serving.cuda_graphs={str(graphs).lower()}",
-        f"exchange.kind={'symmetric' if ranks > 1 else 'collective'}",
+        f"exchange.kind={'symmetric' if ranks > 1 or graphs else 'collective'}",
         "elastic.hang_timeout_s=60",
     ]
     with OwnServer(ranks, 1, overrides) as server:

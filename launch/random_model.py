@@ -54,7 +54,7 @@ def make_random_model(folder: Path, seed: int, shape: dict[str, Any] | None = No
     torch.manual_seed(seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.device(device):
-        model: Any = Qwen3MoeForCausalLM(Qwen3MoeConfig(**(shape or SHAPE), dtype=torch.bfloat16)).to(torch.bfloat16)
-    model.save_pretrained(folder)
+        model: Any = Qwen3MoeForCausalLM(Qwen3MoeConfig(**(shape or SHAPE)))
+    model.to(torch.bfloat16).save_pretrained(folder)
     for name in TOKENIZER:
         shutil.copy(REPO / "examples" / "demo_model" / name, folder)

@@ -55,6 +55,9 @@ class PlacementRegistry:
         thread."""
         old, new = self._placement.slots, placement.slots
         layers = np.arange(len(new)) if old.shape != new.shape else np.flatnonzero((old != new).any(axis=1))
+        if not layers.size:
+            nothing = torch.empty(0, dtype=torch.int32)
+            return Tables(self._placement.version, layers, nothing, nothing)
         part = Placement(new[layers], placement.num_experts, placement.slots_per_rank)
         choices, counts = dispatch_tables(part, self.rank, self.topology)
         return Tables(self._placement.version, layers, torch.from_numpy(choices), torch.from_numpy(counts))

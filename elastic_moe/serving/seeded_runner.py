@@ -4,6 +4,7 @@ On a GPU the forward may be a CUDA graph, one for each padded shape. Sampling st
 for is not known when the graph is made.
 """
 
+import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, cast
@@ -15,6 +16,8 @@ from transformers.generation.continuous_batching.model_runner import ModelRunner
 
 from elastic_moe.serving.protocol import Sampling
 from elastic_moe.serving.sampling import pick
+
+log = logging.getLogger("elastic_moe.engine")
 
 Rule = Callable[[Any], tuple[Sampling, int]]
 """From the state of a request in the batch to how its next token is picked, and that token's output position."""
@@ -45,6 +48,7 @@ class SeededRunner(ModelRunner):
         super().compute_batch(model, batch_data)
         if self._captured is not None:
             self._scores_of_graph[self._ios.get_graph()] = self._captured
+            log.info("captured graph number %d, of %d tokens", len(self._scores_of_graph), self._ios.num_q_tokens)
         scores = self._scores if self._scores is not None else self._scores_of_graph[self._ios.get_graph()]
         stream = self._ios.compute_stream
         with nullcontext() if stream is None else torch.cuda.stream(stream):
