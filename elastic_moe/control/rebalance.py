@@ -1,6 +1,7 @@
 """One round of the load balancer: sum the loads, decide, move experts into staging, swap them in, chunk by chunk."""
 
 import fcntl
+import functools
 import logging
 import os
 import tempfile
@@ -104,8 +105,10 @@ def decide(
     return Decision(f"max/mean {before:.3f} -> {after:.3f}: {why}", by_layer, before, after, goal.slots.tobytes())
 
 
+@functools.cache
 def load_balancer() -> Callable[..., Placement]:
-    """`placement.balance.balance`, compiled. Call it first in the main thread of a process, before it serves.
+    """`placement.balance.balance`, compiled. Call it first in the main thread of a process, before it serves: that
+    call may wait for other processes, later ones return at once.
 
     numba takes a second to import, and several to compile the first time on a machine: only those who balance pay, the
     processes of a host one after the other, so that all but the first find it compiled. (Compiled in a

@@ -3,6 +3,7 @@
 import itertools
 import queue
 import threading
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -72,7 +73,7 @@ class Rebalancer:
     def begin_epoch(self, view: View, groups: EpochGroups, store: ExpertStore, *, changed: bool) -> None:
         """Balance in this epoch from now on; `changed`: the members are others than before, so a round is due soon."""
         self.end_epoch()
-        if self.config.mode != "off" and len(view.members) > 1:
+        if self.config.mode != "off":
             self._session = _Session(self, view, groups, store, changed=changed)
 
     def end_epoch(self) -> None:
@@ -162,6 +163,7 @@ class _Session:
         self._groups = groups
         self._store = store
         self._changed = changed
+        self._last_said: np.ndarray | None = None
         threading.Thread(target=self._run, name="rebalance", daemon=True).start()
 
     def _run(self) -> None:
@@ -179,6 +181,8 @@ class _Session:
         for number in itertools.count(1):
             changed = self._changed and number == 1
             owner.wait_for_request(AFTER_CHANGE_S if changed else config.interval_s)
+            if self.gate.is_closed:  # what is asked now is the next epoch's
+                return
             ops = owner.take_ops()
             try:
                 owner.tell(self._round(group, number, ops, changed=changed))
@@ -192,6 +196,13 @@ class _Session:
         asynchronous = owner.config.mode == "async"
         said = np.append(np.rint(owner.local_loads()).astype(np.int64), len(ops))
         summed = group.all_reduce_sum_array(said)
+        asked = bool(summed[-1]) or changed
+        idle = self._last_said is not None and np.array_equal(summed, self._last_said)
+        self._last_said = summed
+        if idle and not asked:  # a group that sleeps goes on sleeping, in sync too
+            reason = "no tokens since the last round"
+            version = owner.registry.placement.version
+            return RebalanceReport(self._view.epoch, number, version, (), "kept", reason, ended_at=time.time())
         loads = summed[:-1].reshape(owner.registry.placement.num_layers, -1).astype(np.float64)
         this = Round(
             self._view,
@@ -204,7 +215,6 @@ class _Session:
             pause=(lambda: self.gate.wait_for_step(STEP_WAIT_S)) if asynchronous else lambda: None,
             committed=owner.commit,
         )
-        asked = bool(summed[-1]) or changed
         if asynchronous:
             return this.run(number, loads, ops, asked=asked)
         reports: list[RebalanceReport] = []

@@ -131,7 +131,7 @@ class Rank:
         placement = self.registry.placement
         assert np.array_equal(self.store.held, placement.of_rank(self.rank))
         for layer, slot in np.ndindex(self.store.held.shape):
-            assert torch.equal(self.store.tensors(layer, slot)[0], weights(layer, self.store.held[layer, slot]))
+            assert torch.equal(self.store.tensors(layer, slot)[0], weights(layer, int(self.store.held[layer, slot])))
         self.registry.check_integrity()
 
 
