@@ -1,7 +1,6 @@
 """One round of the load balancer: sum the loads, decide, move experts into staging, swap them in, chunk by chunk."""
 
 import fcntl
-import functools
 import logging
 import os
 import tempfile
@@ -83,7 +82,9 @@ def decide(
     if not asked and before <= config.threshold:
         reason = f"max/mean {before:.3f} is within eplb.threshold={config.threshold}"
         return Decision(reason, by_layer, before, before)
-    goal = load_balancer()(
+    from elastic_moe.placement.balance import balance  # compiled at the start by `load_balancer`, see there
+
+    goal = balance(
         loads,
         topology,
         current.slots_per_rank,
@@ -105,10 +106,9 @@ def decide(
     return Decision(f"max/mean {before:.3f} -> {after:.3f}: {why}", by_layer, before, after, goal.slots.tobytes())
 
 
-@functools.cache
 def load_balancer() -> Callable[..., Placement]:
-    """`placement.balance.balance`, compiled. Call it first in the main thread of a process, before it serves: that
-    call may wait for other processes, later ones return at once.
+    """`placement.balance.balance`, compiled. Call it first in the main thread of a process, before it serves:
+    it may wait for other processes.
 
     numba takes a second to import, and several to compile the first time on a machine: only those who balance pay, the
     processes of a host one after the other, so that all but the first find it compiled. (Compiled in a
