@@ -130,13 +130,15 @@ class ServingConfig:
     max_batch_tokens: int = _key(512, "tokens one rank puts into one forward step")
     kv_cache_tokens: int = _key(32768, "tokens the paged KV cache of one rank holds")
     page_size: int = _key(32, "tokens in one page of the KV cache (power of two, 4 or more)")
+    cuda_graphs: bool = _key(True, "capture forwards in CUDA graphs where tokens travel without the CPU")
+    graph_tokens: int = _key(16, "a captured forward is padded to a multiple of so many tokens")
     prefix_caching: bool = _key(True, "share KV pages between requests with the same beginning")
 
     def validate(self) -> None:
         """Raise ValueError, naming the key and what is allowed, when a value cannot work."""
         length = self.max_model_len
         _check(length is None or length >= 2, "serving.max_model_len", length, "must be null, or 2 or more")
-        for key in ("max_requests", "max_batch_tokens"):
+        for key in ("max_requests", "max_batch_tokens", "graph_tokens"):
             _check(getattr(self, key) >= 1, f"serving.{key}", getattr(self, key), "must be 1 or more")
         page = self.page_size
         _check(page >= 4 and page & (page - 1) == 0, "serving.page_size", page, "must be a power of two, 4 or more")

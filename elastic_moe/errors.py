@@ -21,6 +21,10 @@ class TransferFailed(ElasticError):
     """An expert could be had from no source; the message names layer, expert and each reason."""
 
 
+class DigestMismatch(TransferFailed):
+    """The last source of an expert has other bytes than the group loaded."""
+
+
 class NotEnoughSlots(ElasticError, ValueError):
     """The live slots cannot hold every logical expert once."""
 

@@ -7,6 +7,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from elastic_moe.background import Latch
 from elastic_moe.config import EplbConfig
 from elastic_moe.control import lockstep
 from elastic_moe.control.hooks import Hooks
@@ -15,7 +16,7 @@ from elastic_moe.control.rebalancer import Rebalancer
 from elastic_moe.control.recovery import Recovery
 from elastic_moe.control.report import Report
 from elastic_moe.errors import PeerLost
-from elastic_moe.exchange.collective import CollectiveExchange
+from elastic_moe.exchange.epochs import ExchangeConfig, exchanges_of
 from elastic_moe.exchange.interface import TokenExchange
 from elastic_moe.experts.slots import SlotExperts
 from elastic_moe.membership.channel import SeatStart
@@ -30,12 +31,14 @@ from elastic_moe.placement.loads import LoadCounter, read_loads
 from elastic_moe.placement.placement import Placement, fewest_slots, initial_placement
 from elastic_moe.placement.registry import PlacementRegistry
 from elastic_moe.placement.topology import Topology
+from elastic_moe.transport.staging import GroupStaging
 from elastic_moe.weights.peers import Peers, WeightServer
 from elastic_moe.weights.store import ExpertStore, ReadExpert
 
 log = logging.getLogger("elastic_moe.runtime")
 
 Result = TypeVar("Result")
+Owned = TypeVar("Owned")
 
 
 class IdleLayer(Protocol):
@@ -69,11 +72,12 @@ class ElasticRuntime:
         lighthouses: Sequence[str] = (),
         grow_slots: bool = True,
         eplb: EplbConfig | None = None,
+        exchange: ExchangeConfig | None = None,
     ) -> None:
         """`view` is the current one, or, for a process that takes a dead one's seat, the last known.
 
         A member builds the groups of `view` here, together with all others; a newcomer gets its first ones by
-        `recover`, once it holds what it wants to bring. `eplb` says how experts are balanced; by default they are not.
+        `recover`, once it holds what it wants to bring. `eplb`: how experts are balanced; `exchange`: how tokens travel.
         """
         self.seat = seat
         self.rank = seat.member.rank
@@ -91,19 +95,21 @@ class ElasticRuntime:
         self.layers: Sequence[IdleLayer] = []
         """The ElasticMoELayer modules in their order; `elasticize` sets it."""
         self.signals = seat.signals
+        self._latch = Latch()
         self._exchange_timeout_s = exchange_timeout_s
         self._grow_slots = grow_slots
         self._eplb = eplb or EplbConfig()
-        self._membership = Membership(seat.member, lighthouses or view.lighthouses)
+        self._membership = Membership(seat.member, lighthouses or view.lighthouses, self.fail)
         self._epoch = CurrentEpoch(seat.member, view, seat.signals, self._membership, lambda: self.on_change())
         self._registry: PlacementRegistry | None = None
+        self.exchanges = exchanges_of(exchange, seat.member, topology.num_ranks, device, exchange_timeout_s)
         self._exchange: TokenExchange | None = None
         self._load_counter: LoadCounter | None = None
         self._rebalancer: Rebalancer | None = None
         self._store: ExpertStore | None = None
         self._weight_server: WeightServer | None = None
         self._supervised: Supervised | None = None
-        self._epoch.listen(silence_timeout_s)
+        self._epoch.listen(silence_timeout_s, self.fail)
         if view.has(self.rank, seat.member.incarnation):
             self._epoch.enter(view, EpochGroups(view, self.rank, device, exchange_timeout_s).build())
             self._membership.start()
@@ -222,8 +228,10 @@ class ElasticRuntime:
             self._registry,
             self._load_counter,
             steps=lambda: self.steps,
+            staging=GroupStaging(),
             wake=lambda: self.on_change(),
             committed=self._hooks.call_placement_changed,
+            on_error=self.fail,
         )
         self._use_groups()
         return placement
@@ -253,14 +261,16 @@ class ElasticRuntime:
     def give_weights(self, dense: Mapping[str, torch.Tensor]) -> None:
         """Offer the experts held here, and these dense tensors by their names in the state dict, to newcomers."""
         if self._weight_server is not None:
-            self._weight_server.start(dense, self.store)
+            self._weight_server.start(dense, self.store, self.fail)
 
     def agree(self, *flags: int) -> list[int]:
         """The largest value of each flag over all ranks. Collective; every rank gives as many flags.
 
         Raises:
             PeerLost: a peer died, left, or missed the deadline; or all leave now to take a process in.
+            RuntimeError: a background thread of this rank died.
         """
+        self._latch.check()
         self.handshakes += 1
         if self._rebalancer is not None:
             self._rebalancer.enter_step(self.handshakes)
@@ -273,6 +283,7 @@ class ElasticRuntime:
     def step(self) -> Iterator[None]:
         """One forward, in one epoch and one placement version. Counted in `steps` when it finishes."""
         yield
+        self.exchange.check()
         self.steps += 1
 
     def run(self, forward: Callable[[], Result]) -> Result:
@@ -335,7 +346,9 @@ class ElasticRuntime:
         Raises:
             NotEnoughSlots, TransferFailed: the experts cannot be restored (now).
             PeerLost: no agreement within a minute.
+            RuntimeError: a background thread of this rank died.
         """
+        self._latch.check()
         log.info("leaving epoch %d: %s", self.epoch, reason)
         self._epoch.leave(self.view)
         self.rebalancer.end_epoch()
@@ -359,6 +372,13 @@ class ElasticRuntime:
         self._hooks.call(self.rank, self.view, placement, report)
         return report
 
+    def fail(self, error: BaseException) -> None:
+        """A thread of this rank has died of `error`: the call in flight breaks off, and the next one here raises. From
+        any thread."""
+        self._latch.set(error)
+        self._epoch.abort(self.epoch)
+        self.on_change()
+
     def close(self) -> None:
         """Leave for good. Peers still inside a call get `PeerLost`."""
         if self._rebalancer is not None:
@@ -369,15 +389,11 @@ class ElasticRuntime:
             self._weight_server.close()
         if self._epoch.is_entered:
             self.groups.abort()
+        self.exchanges.close()
 
     def _use_groups(self) -> None:
         if self._epoch.is_entered:
-            self._exchange = CollectiveExchange(
-                self.groups.data, self.groups.ranks, self.registry.placement.slots_per_rank
-            )
-
-
-Owned = TypeVar("Owned")
+            self._exchange = self.exchanges.enter(self.view, self.groups, self.registry.placement.slots_per_rank)
 
 
 def _placed(thing: Owned | None) -> Owned:

@@ -2,7 +2,12 @@
 
     python launch/chaos.py chaos.seed=7 chaos.faults=3 chaos.kinds=kill,kill_two
     python launch/chaos.py chaos.url=http://127.0.0.1:8000
-    python launch/chaos.py chaos.nodes=2 chaos.kinds=kill_node elastic.redundant_slots=1
+    python launch/chaos.py chaos.nodes=2 chaos.kinds=kill,corrupt,kill_node elastic.redundant_slots=1
+
+Kinds: kill, kill_two, kill_in_recovery (SIGKILL of an engine, of two at once, of a second while the first loss is
+mended), stop (SIGSTOP), term (SIGTERM), corrupt (all experts on the last node's disk have wrong bits while an engine is
+killed: they have to be refused, and read on the other node), kill_node (all processes of the last node; it cannot come
+back, so it is the last fault, and healed means that the others serve).
 
 Its last line of output is one JSON object; progress goes to standard error. Exit code 1: something was lost, changed
 or repeated, a fault did not come, or a rank did not return. 2: it could not start.
@@ -26,14 +31,17 @@ import psutil
 from rich.console import Console
 
 from launch.chaos_config import ChaosConfig, ChaosRunConfig, server_overrides
+from launch.chaos_disk import flip_experts
 from launch.chaos_faults import Fault, Fired, fire, schedule
-from launch.chaos_load import Answer, Ask, Load, Verdict, compare, gaps_s, make_asks
+from launch.chaos_load import Answer, Ask, Load, Verdict, compare, make_asks
 from launch.chaos_server import START_TIMEOUT_S, OwnServer, Target
-from launch.chaos_summary import Round, is_good, placement_fault, summary
+from launch.chaos_summary import Round, is_good, longest_wait, placement_fault, summary
 from launch.config import help_text, load
 
 USAGE = "usage: python launch/chaos.py [chaos.KEY=VALUE ...] [what launch/serve.py takes ...]"
 POLL_S = 0.1
+LAG_TOLD_S = 0.1
+"""A client that was not run for longer says so: then the machine is too busy for its gaps to mean much."""
 
 
 class Chaos:
@@ -70,14 +78,14 @@ class Chaos:
             raise RuntimeError(f"the undisturbed run failed: {failed}")
         self._console.print(f"undisturbed: {sum(a.num_tokens for a in wanted)} tokens, {_largest(wanted)}")
         rounds: list[Round] = []
-        for fault in schedule(config.seed, config.faults, config.kind_names(), nodes):
-            self._console.print(f"[bold]{len(rounds) + 1}/{config.faults} {fault.kind}[/] of ranks {fault.ranks}")
+        faults = schedule(config.seed, config.faults, config.kind_names(), nodes)
+        for fault in faults:
+            self._console.print(f"[bold]{len(rounds) + 1}/{len(faults)} {fault.kind}[/] of ranks {fault.ranks}")
             rounds.append(await self._round(target, fault, Load(target.url, model, asks), wanted, len(nodes)))
             self._tell(rounds[-1], asks, wanted)
             if rounds[-1].healed_s is None:
                 break  # a group that is not whole tells nothing of the next fault
-        found = summary(rounds, wanted)
-        return found | {"seed": config.seed, "kinds": list(config.kind_names()), "faults_asked": config.faults}
+        return summary(rounds, wanted, len(faults)) | {"seed": config.seed, "kinds": list(config.kind_names())}
 
     async def _round(
         self, target: Target, fault: Fault, disturbed: Load, wanted: Sequence[Answer], num_ranks: int
@@ -85,19 +93,23 @@ class Chaos:
         before = await target.status()
         engines = {m["rank"]: psutil.Process(m["pid"]) for m in before["members"]}
         node = self._own.processes(1) if self._own and fault.kind == "kill_node" else []
+        disk = self._own.disk if self._own and fault.kind == "corrupt" else None
         pieces = fault.after * sum(len(answer.arrivals) for answer in wanted)
         running = asyncio.create_task(disturbed.run())
         try:
             while disturbed.num_pieces < pieces and not running.done():
                 await asyncio.sleep(0.001)
+            if disk:
+                await asyncio.to_thread(flip_experts, disk)
             fired = Fired(0.0, ()) if running.done() else await fire(fault, engines, node)
-            if node and fired.victims and self._own:
-                await asyncio.to_thread(self._own.restart, 1)
             await running
+            dead = frozenset(engines[rank].pid for rank in fault.ranks) if fired.victims else frozenset()
+            alive = num_ranks - len(dead) if node else num_ranks
+            status = await healed(target, alive, dead, self._config.rejoin_timeout_s)
         finally:
             running.cancel()
-        dead = frozenset(engines[rank].pid for rank in fault.ranks) if fired.victims else frozenset()
-        status = await healed(target, num_ranks, dead, self._config.rejoin_timeout_s)
+            if disk:
+                await asyncio.to_thread(flip_experts, disk)
         healed_s = time.time() - fired.at if status is not None else None
         return Round(
             fault=fault,
@@ -107,19 +119,26 @@ class Chaos:
             reports=_since(await _events(target), before["epoch"]),
             healed_s=healed_s,
             placement_fault=placement_fault(status) if status is not None else "",
+            client_lag_s=disturbed.lag_s,
         )
 
     def _tell(self, one: Round, asks: Sequence[Ask], wanted: Sequence[Answer]) -> None:
         healed = "[red]not healed[/]" if one.healed_s is None else f"healed after {one.healed_s:.1f} s"
         missed = "" if one.counted else f", [red]{'in no recovery' if one.fired else 'did not come'}[/]"
-        self._console.print(f"  {_largest(one.answers)}, {healed}{missed}")
+        _, begin, num_streams = longest_wait(one.answers)
+        where = f"of {num_streams} streams, from {begin - one.at:.2f} s after the fault" if one.at else ""
+        lag = f", this client was kept waiting {one.client_lag_s * 1e3:.0f} ms" if one.client_lag_s > LAG_TOLD_S else ""
+        self._console.print(f"  {_largest(one.answers)} {where}{lag}, {healed}{missed}")
         for event in one.reports:
             report = event["report"]
-            if event["rank"] in report["joined"] or not report["lost"]:
+            if event["rank"] in report["joined"]:
                 continue
+            changes = [f"{what} {report[what]}" for what in ("lost", "joined") if report[what]]
+            if report["rejected"]:
+                changes.append(f"{report['rejected']} copies refused")
             phases = ", ".join(f"{phase} {seconds * 1e3:.0f}" for phase, seconds in report["phase_s"].items())
             self._console.print(
-                f"  rank {event['rank']} epoch {report['epoch']}: lost {report['lost']} after"
+                f"  rank {event['rank']} epoch {report['epoch']}: {', '.join(changes)} after"
                 f" {(report['noticed_at'] - one.at) * 1e3:.0f} ms; {phases} ms, attempts {report['attempts']}"
             )
         if one.placement_fault:
@@ -163,7 +182,7 @@ def _since(events: Sequence[dict[str, Any]], epoch: int) -> tuple[dict[str, Any]
 
 
 def _largest(answers: Sequence[Answer]) -> str:
-    return f"largest gap {max(gaps_s(answers), default=0.0) * 1e3:.0f} ms"
+    return f"largest gap {longest_wait(answers)[0] * 1e3:.0f} ms"
 
 
 def main() -> int:
@@ -179,14 +198,16 @@ def main() -> int:
         with ExitStack() as stack:
             own = None
             if not chaos.url:
-                own = stack.enter_context(OwnServer(chaos.ranks, chaos.nodes, server_overrides(config, overrides)))
+                model = config.model.path if "corrupt" in chaos.kind_names() else ""
+                told = server_overrides(config, overrides)
+                own = stack.enter_context(OwnServer(chaos.ranks, chaos.nodes, told, model))
             found = asyncio.run(Chaos(chaos, own, console).run())
     except (ValueError, RuntimeError, httpx.HTTPError) as error:
         print(f"elastic_moe: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    good = is_good(found, chaos.faults, chaos.max_gap_ms or math.inf)
+    good = is_good(found, chaos.max_gap_ms or math.inf)
     if own is not None and good:
         own.forget_output()
     elif own is not None:

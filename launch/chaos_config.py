@@ -7,9 +7,11 @@ from typing import Any
 from elastic_moe.config import ServeConfig, describe
 from launch.config import load
 
-KINDS = ("kill", "stop", "term", "kill_two", "kill_in_recovery", "kill_node")
+KINDS = ("kill", "stop", "term", "kill_two", "kill_in_recovery", "corrupt", "kill_node")
 PAIRS = ("kill_two", "kill_in_recovery")
 """Kinds with two victims."""
+OF_NODES = ("corrupt", "kill_node")
+"""Kinds that need two nodes started here."""
 OF_KIND = f"must be a comma list of {', '.join(KINDS)}"
 
 
@@ -27,7 +29,7 @@ class ChaosConfig:
     """Which faults, under which load, of which server."""
 
     seed: int = _key(0, "of everything random: prompts, lengths, sampling, kinds, victims, moments")
-    faults: int = _key(5, "faults in a row; each waits until the one before has healed")
+    faults: int = _key(5, "faults in a row; each waits until the one before has healed; kill_node is the last")
     kinds: str = _key("kill,stop,term,kill_two,kill_in_recovery", f"comma list of {', '.join(KINDS)}")
     requests: int = _key(24, "streams that run at once in each round")
     url: str = _key("", "drive this running server, on this machine; empty: start one")
@@ -54,7 +56,8 @@ class ChaosConfig:
         _check(not few, "ranks", self.ranks, f"must be 3 or more for {' and '.join(PAIRS)}: one has to survive")
         _check(not self.url or self.url.startswith("http://"), "url", self.url, "must be empty, or http://HOST:PORT")
         own_nodes = not self.url and self.nodes == 2
-        _check("kill_node" not in kinds or own_nodes, "kinds", self.kinds, "kill_node needs chaos.nodes=2 and no url")
+        found = [kind for kind in kinds if kind in OF_NODES]
+        _check(not found or own_nodes, "kinds", self.kinds, f"{' and '.join(found)} needs chaos.nodes=2 and no url")
         gap = self.max_gap_ms
         _check(gap is None or gap > 0, "max_gap_ms", gap, "must be null, or more than 0 ms")
         _check(self.rejoin_timeout_s > 0, "rejoin_timeout_s", self.rejoin_timeout_s, "must be more than 0 seconds")

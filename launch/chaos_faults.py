@@ -47,12 +47,19 @@ class Fired:
 
 
 def schedule(seed: int, count: int, kinds: Sequence[str], node_of_rank: Sequence[int]) -> list[Fault]:
-    """`count` faults; each kind comes once before any comes again. kill_node takes the last node only."""
+    """`count` faults; each kind comes once before any comes again.
+
+    kill_node takes the last node, and comes last, once: a node that is lost does not come back, so a run of nothing
+    else has one fault.
+    """
     rng = random.Random(f"faults {seed}")
-    order = [kind for _ in range(-(-count // len(kinds))) for kind in rng.sample(kinds, len(kinds))]
+    again = [kind for kind in kinds if kind != "kill_node"]
+    end = ["kill_node"] if len(again) < len(kinds) else []
+    count -= len(end)
+    order = [kind for _ in range(-(-count // max(1, len(again)))) for kind in rng.sample(again, len(again))]
     ranks = range(len(node_of_rank))
     faults = []
-    for kind in order[:count]:
+    for kind in order[:count] + end:
         victims = rng.sample(ranks, 2 if kind in PAIRS else 1)
         if kind == "kill_node":
             victims = [rank for rank in ranks if node_of_rank[rank] == max(node_of_rank)]

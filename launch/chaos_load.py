@@ -48,6 +48,7 @@ LENGTHS = (24, 64)
 """Fewest and most tokens of an answer."""
 TIMEOUT_S = 120.0
 """Deadline of one stream."""
+LAG_POLL_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,8 @@ class Load:
     def __init__(self, url: str, model: str, asks: Sequence[Ask]) -> None:
         """Nothing is sent before `run`."""
         self.answers = [Answer() for _ in asks]
+        self.lag_s = 0.0
+        """The longest that this very process was kept from running: gaps of that size are the machine's."""
         self._url = url
         self._model = model
         self._asks = asks
@@ -134,7 +137,17 @@ class Load:
     async def run(self) -> None:
         """Stream all answers to their end; what fails says so in its answer."""
         async with AsyncOpenAI(base_url=f"{self._url}/v1", api_key="none", max_retries=0, timeout=TIMEOUT_S) as client:
-            await asyncio.gather(*(self._stream(client, i) for i in range(len(self._asks))))
+            lag = asyncio.create_task(self._watch_lag())
+            try:
+                await asyncio.gather(*(self._stream(client, i) for i in range(len(self._asks))))
+            finally:
+                lag.cancel()
+
+    async def _watch_lag(self) -> None:
+        while True:
+            begin = time.monotonic()
+            await asyncio.sleep(LAG_POLL_S)
+            self.lag_s = max(self.lag_s, time.monotonic() - begin - LAG_POLL_S)
 
     async def _stream(self, client: AsyncOpenAI, i: int) -> None:
         ask, answer = self._asks[i], self.answers[i]

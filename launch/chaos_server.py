@@ -57,9 +57,12 @@ class Target:
 class OwnServer:
     """One torchrun command for each node. A context manager: leaving it ends all processes, whatever happened."""
 
-    def __init__(self, ranks: int, nodes: int, overrides: Sequence[str]) -> None:
-        """Start it, without waiting."""
+    def __init__(self, ranks: int, nodes: int, overrides: Sequence[str], model: str = "") -> None:
+        """Start it, without waiting. `model` is a checkpoint folder of which the last node gets a copy of its own, as
+        on a disk that can go bad alone; empty: all nodes read the same."""
         self.folder = Path(tempfile.mkdtemp(prefix="chaos-"))
+        self.disk = self.folder / "model" if model else None
+        """The last node's copy."""
         torchrun = [sys.executable, "-m", "torch.distributed.run"]
         per_node = ["--nproc-per-node", str(ranks // nodes), "launch/serve.py", *overrides]
         if nodes == 1:
@@ -68,6 +71,9 @@ class OwnServer:
             port = str(_free_port())
             where = ["--nnodes", str(nodes), "--master-addr", "127.0.0.1", "--master-port", port]
             self._commands = [[*torchrun, *where, "--node-rank", str(node), *per_node] for node in range(nodes)]
+        if self.disk is not None:
+            shutil.copytree(model, self.disk)
+            self._commands[-1].append(f"model.path={self.disk}")
         self._nodes = [self._start(node) for node in range(nodes)]
 
     def __enter__(self) -> "OwnServer":
@@ -94,11 +100,6 @@ class OwnServer:
             root = psutil.Process(self._nodes[node].pid)
             return [root, *root.children(recursive=True)]
         return []
-
-    def restart(self, node: int) -> None:
-        """Start a node again after its whole process tree is gone."""
-        self._nodes[node].wait()
-        self._nodes[node] = self._start(node)
 
     def stop(self) -> None:
         """End it as a user does, by SIGINT; kill what has not ended in time."""

@@ -9,7 +9,7 @@ from typing import Any
 from launch.chaos_faults import Fault
 from launch.chaos_load import Answer, Verdict, compare, gaps_s, percentile
 
-KILLS = ("kill", "kill_two", "kill_in_recovery")
+KILLS = ("kill", "kill_two", "kill_in_recovery", "corrupt")
 """Kinds that end processes at once."""
 PHASES = ("detect", "view", "groups", "repair", "commit", "repeat")
 
@@ -30,12 +30,19 @@ class Round:
     """Until all ranks served again, from the signal; None: not in time."""
     placement_fault: str
     """What is wrong with the placements of the healed group; empty: nothing."""
+    client_lag_s: float
+    """See `Load.lag_s`."""
 
     @property
     def counted(self) -> bool:
-        """Whether each victim is among the lost of a recovery."""
+        """Whether each victim is among the lost of a recovery, and wrong bytes among what was refused."""
         lost = {rank for event in self.reports for rank in event["report"]["lost"]}
-        return self.fired and set(self.fault.ranks) <= lost
+        return self.fired and set(self.fault.ranks) <= lost and (self.rejected > 0 or self.fault.kind != "corrupt")
+
+    @property
+    def rejected(self) -> int:
+        """Copies of experts that were refused for their digest, on all ranks."""
+        return sum(event["report"]["rejected"] for event in self.reports)
 
 
 def placement_fault(status: Mapping[str, Any]) -> str:
@@ -62,7 +69,7 @@ def phases_ms(one: Round) -> dict[str, list[float]]:
         return found
     first, last = min(r["epoch"] for r in reports), max(r["epoch"] for r in reports)
     for report in reports:
-        if report["epoch"] == first and one.fault.kind.startswith("kill"):
+        if report["epoch"] == first and one.fault.kind in (*KILLS, "kill_node"):
             found["detect"].append((report["noticed_at"] - one.at) * 1e3)
         for phase, seconds in report["phase_s"].items():
             found[phase].append(seconds * 1e3)
@@ -73,8 +80,23 @@ def phases_ms(one: Round) -> dict[str, list[float]]:
     return found
 
 
-def summary(rounds: Sequence[Round], wanted: Sequence[Answer]) -> dict[str, Any]:
-    """The JSON object of a run, without what the user gave. `wanted` are the answers of the undisturbed run."""
+def longest_wait(answers: Sequence[Answer]) -> tuple[float, float, int]:
+    """The longest gap of all streams in seconds, the wall-clock time of its begin, and how many streams waited at least
+    half as long at the same time."""
+    gaps = [gap for answer in answers for gap in zip(answer.arrivals, answer.arrivals[1:], strict=False)]
+    begin, end = max(gaps, key=lambda gap: gap[1] - gap[0], default=(0.0, 0.0))
+    half = (end - begin) / 2
+    return end - begin, begin, sum(min(b, end) - max(a, begin) >= half for a, b in gaps)
+
+
+def summary(rounds: Sequence[Round], wanted: Sequence[Answer], planned: int) -> dict[str, Any]:
+    """The JSON object of a run, without what the user gave.
+
+    Args:
+        rounds: those that were run.
+        wanted: the answers of the undisturbed run.
+        planned: faults that were to come.
+    """
     verdicts = Counter(compare(w, a) for one in rounds for w, a in zip(wanted, one.answers, strict=True))
     gaps = [gap * 1e3 for one in rounds for gap in gaps_s(one.answers)]
     phases: dict[str, list[float]] = {phase: [] for phase in PHASES}
@@ -92,7 +114,12 @@ def summary(rounds: Sequence[Round], wanted: Sequence[Answer]) -> dict[str, Any]
         "mismatched": verdicts[Verdict.MISMATCHED],
         "duplicated": verdicts[Verdict.DUPLICATED],
         "lost": verdicts[Verdict.LOST],
-        "faults": {"fired": sum(one.fired for one in rounds), "counted": sum(one.counted for one in rounds)},
+        "faults": {
+            "planned": planned,
+            "fired": sum(one.fired for one in rounds),
+            "counted": sum(one.counted for one in rounds),
+        },
+        "rejected": sum(one.rejected for one in rounds),
         "not_rejoined": sum(one.healed_s is None for one in rounds),
         "placements_wrong": sum(bool(one.placement_fault) for one in rounds),
         "gap_ms": _spread_and_max(gaps),
@@ -100,13 +127,14 @@ def summary(rounds: Sequence[Round], wanted: Sequence[Answer]) -> dict[str, Any]
             kind: _spread_and_max([g * 1e3 for one in rounds if one.fault.kind == kind for g in gaps_s(one.answers)])
             for kind in kinds
         },
+        "client_lag_ms": _rounded(max((one.client_lag_s * 1e3 for one in rounds), default=None)),
         "phase_ms": {phase: _spread(values) for phase, values in phases.items() if values},
         "bytes_by_source": dict(num_bytes),
         "bytes_lower_bound": sum(report["bytes_lower_bound"] for report in by_epoch.values()),
     }
 
 
-def is_good(found: Mapping[str, Any], num_faults: int, max_gap_ms: float = math.inf) -> bool:
+def is_good(found: Mapping[str, Any], max_gap_ms: float = math.inf) -> bool:
     """Whether nothing was lost, changed or repeated, every fault came, was seen and healed, no more bytes were moved
     than needed, and no stream waited longer than `max_gap_ms` where processes were killed."""
     zeros = ("mismatched", "duplicated", "lost", "not_rejoined", "placements_wrong")
@@ -115,7 +143,7 @@ def is_good(found: Mapping[str, Any], num_faults: int, max_gap_ms: float = math.
     return (
         found["finished"] == found["requests"]
         and not any(found[key] for key in zeros)
-        and faults["fired"] == faults["counted"] == num_faults
+        and faults["fired"] == faults["counted"] == faults["planned"]
         and sum(found["bytes_by_source"].values()) <= found["bytes_lower_bound"]
         and longest <= max_gap_ms
     )

@@ -7,7 +7,6 @@ a tiny model, each on tokens of its own, each result to a file, so that a rank t
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +23,9 @@ from harness import PRELOAD
 from torchft.coordination import LighthouseServer
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from elastic_moe.config import EplbConfig
 from elastic_moe.control import recovery
+from elastic_moe.control.rebalance import Round
 from elastic_moe.control.recovery import Phase, Recovery
 from elastic_moe.exchange.collective import CollectiveExchange
 from elastic_moe.experts.slots import SlotExperts
@@ -33,8 +34,10 @@ from elastic_moe.integrations.transformers import elasticize, meta_model
 from elastic_moe.membership.channel import SeatStart
 from elastic_moe.membership.groups import EpochGroups, Group
 from elastic_moe.membership.launch import Launch
+from elastic_moe.membership.ports import lasting_port
 from elastic_moe.membership.quorum import HEARTBEAT_TIMEOUT_MS, JOIN_TIMEOUT_MS, TICK_MS, Membership
 from elastic_moe.membership.signals import Mouth, PeerDied
+from elastic_moe.membership.step_barrier import StepBarrier
 from elastic_moe.membership.view import View
 from elastic_moe.placement.placement import EMPTY
 from elastic_moe.placement.registry import PlacementRegistry
@@ -42,10 +45,16 @@ from elastic_moe.runtime import ElasticRuntime
 from elastic_moe.weights import peers
 from elastic_moe.weights.checkpoint import CheckpointReader
 from elastic_moe.weights.digest import digest
+from elastic_moe.weights.store import ExpertStore
 
 STEPS = 5
+RESPAWN_S = 0.75
+"""From a death to the next life: survivors recover first, as with a real supervisor. At the start of a launch they wait
+`quorum.SETTLE_S` before they ask."""
 WORLD = 4
 DEADLINE_S = 60.0
+STEPS_OF_A_ROUND = 100
+"""More than a round takes, in forwards of the tiny model."""
 
 
 class Death(NamedTuple):
@@ -71,11 +80,19 @@ POINTS: Mapping[str, tuple[Any, str]] = {
     "accept": (Recovery, "_accept"),
     "commit": (PlacementRegistry, "commit"),
     "load": (integration, "_load"),
+    "plan": (Round, "_agree"),
+    "stage": (Round, "_stage"),
+    "barrier": (StepBarrier, "begin"),
+    "swap": (Round, "_publish"),
 }
 """Where a rank can die: at the call of these; besides `between` (after a forward) and `vote`."""
 
-LIES = ("gives wrong weights", "loads wrong bytes")
-"""What a rank can do instead of dying, as the `point` of a `Death`: to newcomers, from disk at its start."""
+BUG = "bug in a thread"
+"""Another `point`: the thread that gives weights to newcomers raises, and the rank is to end by itself."""
+
+LIES = ("gives wrong weights", "loads wrong bytes", "has a bad disk")
+"""What a rank can do instead of dying, as the `point` of a `Death`: to newcomers, from disk at its start, from disk
+later."""
 
 
 def die() -> None:
@@ -105,6 +122,8 @@ def set_trap(death: Death) -> None:
             return phase(self, which)
 
         Recovery._phase = wrapped_phase  # pyright: ignore[reportAttributeAccessIssue]
+    elif death.point == BUG:
+        peers._copy_of = lambda *_: 1 // 0  # pyright: ignore[reportAttributeAccessIssue]
     elif death.point != "between":
         owner, name = POINTS[death.point]
         original = getattr(owner, name)
@@ -126,6 +145,14 @@ def lie(how: str) -> None:
     if how == "gives wrong weights":
         right = peers._bytes_of
         peers._bytes_of = lambda tensor: right(flip(tensor.clone()))
+    elif how == "has a bad disk":
+        read_into = ExpertStore._read_into
+
+        def read_into_wrong(self: ExpertStore, layer: int, expert: int, out: Sequence[torch.Tensor]) -> None:
+            read_into(self, layer, expert, out)
+            flip(out[0])
+
+        ExpertStore._read_into = read_into_wrong
     else:
         read = CheckpointReader.read_expert
 
@@ -161,9 +188,18 @@ def wanted(checkpoint: Path) -> dict[tuple[int, int], torch.Tensor]:
 
 
 def run_cluster(
-    folder: Path, checkpoint: Path, deaths: Sequence[Death], redundant_slots: int = 0, deadline_s: float = DEADLINE_S
+    folder: Path,
+    checkpoint: Path,
+    deaths: Sequence[Death],
+    redundant_slots: int = 0,
+    deadline_s: float = DEADLINE_S,
+    rounds: int = 0,
+    respawn_s: float = RESPAWN_S,
 ) -> tuple[dict[tuple[int, int], torch.Tensor], list[dict[str, Any]]]:
-    """Run the work on `WORLD` ranks that die as told, each started again. The logits, and each rank's last word."""
+    """Run the work on `WORLD` ranks that die as told, each started again. The logits, and each rank's last word.
+
+    Between the steps the load balancer ends `rounds` rounds, under forwards whose results nobody keeps.
+    """
     lighthouse = LighthouseServer(
         bind="127.0.0.1:0",
         min_replicas=1,
@@ -173,7 +209,7 @@ def run_cluster(
     )
     url = f"http://127.0.0.1:{lighthouse.address().rsplit(':', 1)[1]}"
     try:
-        return _Seats(folder, checkpoint, deaths, redundant_slots, url).run(deadline_s)
+        return _Seats(folder, checkpoint, deaths, redundant_slots, rounds, url, respawn_s).run(deadline_s)
     finally:
         lighthouse.shutdown()
 
@@ -182,15 +218,23 @@ class _Seats:
     """The supervisors of all ranks in one."""
 
     def __init__(
-        self, folder: Path, checkpoint: Path, deaths: Sequence[Death], redundant_slots: int, lighthouse: str
+        self,
+        folder: Path,
+        checkpoint: Path,
+        deaths: Sequence[Death],
+        redundant_slots: int,
+        rounds: int,
+        lighthouse: str,
+        respawn_s: float,
     ) -> None:
-        self._folder, self._lighthouse = folder, lighthouse
-        self._args = (folder, checkpoint, tuple(deaths), redundant_slots)
+        self._folder, self._lighthouse, self._respawn_s = folder, lighthouse, respawn_s
+        self._due: dict[int, float] = {}
+        self._args = (folder, checkpoint, tuple(deaths), redundant_slots, rounds)
         self._deaths = sum(death.point not in LIES for death in deaths)
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([*PRELOAD, "elastic_harness"])
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        self._ports = [_free_port() for _ in range(WORLD)]
+        self._ports = [lasting_port("127.0.0.1") for _ in range(WORLD)]
         self._lives = [0] * WORLD
         self._processes = [self._start(rank, None) for rank in range(WORLD)]
         self._mouth = Mouth()
@@ -198,14 +242,18 @@ class _Seats:
     def run(self, deadline_s: float) -> tuple[dict[tuple[int, int], torch.Tensor], list[dict[str, Any]]]:
         deadline, over = time.monotonic() + deadline_s, set()
         while len(over) < WORLD and time.monotonic() < deadline:
-            ended = wait([p.sentinel for r, p in enumerate(self._processes) if r not in over], timeout=0.2)
-            for rank, process in enumerate(self._processes):
-                if process.sentinel in ended:
-                    process.join()
-                    if process.exitcode == -signal.SIGKILL and sum(self._lives) < self._deaths:
-                        self._replace(rank)
-                    else:
-                        over.add(rank)
+            alive = {p.sentinel: r for r, p in enumerate(self._processes) if r not in over and r not in self._due}
+            for rank in [alive[sentinel] for sentinel in wait(list(alive), timeout=0.05)]:  # pyright: ignore[reportArgumentType]
+                process = self._processes[rank]
+                process.join()
+                if self._was_to_die(rank, process.exitcode) and sum(self._lives) + len(self._due) < self._deaths:
+                    self._announce(rank)
+                    self._due[rank] = time.monotonic() + self._respawn_s
+                else:
+                    over.add(rank)
+            for rank in [r for r, due in self._due.items() if due <= time.monotonic()]:
+                del self._due[rank]
+                self._replace(rank)
         codes = [process.exitcode for process in self._processes]
         for process in self._processes:
             if process.exitcode is None:
@@ -228,20 +276,25 @@ class _Seats:
         process.start()
         return process
 
-    def _replace(self, rank: int) -> None:
+    def _was_to_die(self, rank: int, code: int | None) -> bool:
+        by_bug = any((d.rank, d.life, d.point) == (rank, self._lives[rank], BUG) for d in self._args[2])
+        return code == -signal.SIGKILL or (by_bug and code != 0)
+
+    def _views(self) -> list[View]:
+        """Those that the ranks have told, oldest first."""
         views = [msgspec.json.decode(path.read_bytes(), type=View) for path in self._folder.glob("view-*")]
-        view = max(views, key=lambda view: view.epoch)
+        return sorted(views, key=lambda view: view.epoch)
+
+    def _announce(self, rank: int) -> None:
+        views = self._views()
         for known in views:  # a process that died before it told its view is in somebody's
             for dead in [m for m in known.members if m.rank == rank]:
-                others = [m.signals for m in view.members if m.rank != rank]
+                others = [m.signals for m in views[-1].members if m.rank != rank]
                 self._mouth.tell(others, PeerDied(dead.rank, dead.incarnation))
+
+    def _replace(self, rank: int) -> None:
         self._lives[rank] += 1
-        self._processes[rank] = self._start(rank, view)
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
+        self._processes[rank] = self._start(rank, self._views()[-1])
 
 
 def _path(folder: Path, rank: int, step: int) -> Path:
@@ -254,8 +307,21 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
     part.rename(path)
 
 
+def rebalance(runtime: ElasticRuntime, rounds: int, forward: Callable[[], Any]) -> None:
+    """Have the balancer end so many rounds, at steps that do `forward`. A loss may cost one: its request is answered in
+    the next epoch at the latest after some seconds, for which nobody waits."""
+    reports = runtime.rebalancer.reports
+    for _ in range(rounds):
+        runtime.rebalancer.request()
+        for _ in range(STEPS_OF_A_ROUND):
+            runtime.run(forward)
+            if not reports.empty():
+                reports.get()
+                break
+
+
 def _work(
-    start: bytes, life: int, folder: Path, checkpoint: Path, deaths: Sequence[Death], redundant_slots: int
+    start: bytes, life: int, folder: Path, checkpoint: Path, deaths: Sequence[Death], redundant_slots: int, rounds: int
 ) -> None:
     import faulthandler
     import logging
@@ -271,12 +337,13 @@ def _work(
     mine = [death for death in deaths if (death.rank, death.life) == (rank, life)]
     for death in mine:
         set_trap(death)
-    runtime = ElasticRuntime.join(seat, device=torch.device("cpu"), exchange_timeout_s=30)
+    eplb = EplbConfig(mode="async" if rounds else "off", half_life_steps=2, layers_per_chunk=1, mb_per_step=0.001)
+    runtime = ElasticRuntime.join(seat, device=torch.device("cpu"), exchange_timeout_s=30, eplb=eplb)
 
     process, usage = psutil.Process(), []
 
     def tell(view: View) -> None:
-        usage.append((process.memory_info().rss, process.num_fds(), process.num_threads()))
+        usage.append((time.monotonic(), process.memory_info().rss, process.num_fds(), process.num_threads()))
         _write(folder / f"view-{rank}", lambda part: part.write_bytes(msgspec.json.encode(view)))
 
     if seat.rejoin is None:
@@ -292,6 +359,7 @@ def _work(
                 if any(death.point == "between" and death.nth == step for death in mine):
                     die()
                 _write(_path(folder, rank, step), lambda part, logits=logits: torch.save(logits, part))
+            rebalance(runtime, rounds, lambda step=step: model(tokens_of(rank, step)))
     runtime.finish()
     store = runtime.store
     end = {

@@ -63,7 +63,7 @@ class FakeEngine:
         """`answer` ends with `stop`; only its first `sends` tokens are sent (None: all)."""
         self.answer = answer
         self.sends = sends
-        self.phase = "serving"
+        self.phase, self.reason = "serving", ""
         self.running = 0
         self.submits: list[Submit] = []
         self.cancels: list[str] = []
@@ -92,6 +92,7 @@ class FakeEngine:
             rank=self.member.rank,
             incarnation=self.member.incarnation,
             phase=self.phase,
+            reason=self.reason,
             view=View(1, (self.member,)),
             placement_version=3,
             placement_hash="abc",

@@ -5,7 +5,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from elastic_moe.placement.placement import EMPTY, Placement
 from elastic_moe.placement.registry import PlacementRegistry, Tables
 from elastic_moe.placement.topology import Topology
 from elastic_moe.placement.transfers import Distance, Move, TransferPlan, plan_transfers
-from elastic_moe.transport.group import move_experts
+from elastic_moe.transport.staging import Staging, Transfer
 from elastic_moe.weights.store import ExpertStore
 
 log = logging.getLogger("elastic_moe.rebalance")
@@ -137,6 +137,7 @@ class Round:
         registry: PlacementRegistry,
         store: ExpertStore,
         config: EplbConfig,
+        staging: Staging,
         *,
         swap: Swap,
         pause: Callable[[], None],
@@ -149,6 +150,7 @@ class Round:
             group: on the CPU.
             registry, store: what is placed and held here.
             config: budgets.
+            staging: how experts come.
             swap: how a chunk becomes current.
             pause: called when `eplb.mb_per_step` megabytes have come or gone.
             committed: called in the step loop with every new placement.
@@ -159,6 +161,7 @@ class Round:
         self._registry = registry
         self._store = store
         self._config = config
+        self._staging = staging
         self._swap = swap
         self._pause = pause
         self._committed = committed
@@ -254,30 +257,23 @@ class Round:
             for distance, count in plan.num_moves().items():
                 self._moves[distance] += count
 
-    def _stage(self, plan: TransferPlan) -> dict[Move, Sequence[torch.Tensor]]:
+    def _stage(self, plan: TransferPlan) -> Mapping[Move, Sequence[torch.Tensor]]:
         """Bring the experts of this rank's new slots into staging, verified; vote.
 
         Raises:
             TransferFailed: a rank could not get one right.
         """
-        store, rank, width = self._store, self._rank, plan.slots_per_rank
-        on_gpu = store.tensors(0, 0)[0].is_cuda
-        staged: dict[Move, Sequence[torch.Tensor]] = {}
-
-        def read(move: Move) -> Sequence[torch.Tensor]:
-            tensors = store.tensors(move.layer, move.source % width)
-            return [tensor.cpu() for tensor in tensors] if on_gpu else tensors
-
-        def write(move: Move) -> Sequence[torch.Tensor]:
-            like = store.tensors(move.layer, move.target % width)
-            staged[move] = [torch.empty_like(t, device="cpu", pin_memory=on_gpu) for t in like]
-            return staged[move]
-
-        for move in plan.local_of(rank):
-            staged[move] = [tensor.clone() for tensor in store.tensors(move.layer, move.source % width)]
-        in_flight = max(1, int(self._config.mb_per_step * MEGABYTE / store.expert_bytes))
-        ranks = self._view.ranks
-        move_experts(plan, self._group, ranks, rank, read=read, write=write, in_flight=in_flight, between=self._pause)
+        store = self._store
+        transfer = Transfer(
+            plan,
+            self._view,
+            self._rank,
+            self._group,
+            store.tensors,
+            in_flight=max(1, int(self._config.mb_per_step * MEGABYTE / store.expert_bytes)),
+            between=self._pause,
+        )
+        staged = self._staging.bring(transfer)
         failure = None
         try:
             for move, tensors in staged.items():
@@ -293,7 +289,7 @@ class Round:
             raise failure or TransferFailed("another rank could not get an expert")
         return staged
 
-    def _publish(self, placement: Placement, tables: Tables, staged: dict[Move, Sequence[torch.Tensor]]) -> None:
+    def _publish(self, placement: Placement, tables: Tables, staged: Mapping[Move, Sequence[torch.Tensor]]) -> None:
         """In the step loop: fill the slots, swap the tables."""
         store, width = self._store, placement.slots_per_rank
         for layer, slot in np.argwhere(placement.of_rank(self._rank) != store.held).tolist():
@@ -301,6 +297,8 @@ class Round:
         for move, tensors in staged.items():
             store.install(move.layer, move.target % width, move.expert, tensors)
         self._registry.commit(placement, tables)
+        if staged and store.tensors(0, 0)[0].is_cuda:
+            torch.cuda.current_stream().synchronize()  # the model may run on another stream
         self._committed(placement)
 
     @contextmanager

@@ -8,16 +8,19 @@ from collections.abc import Callable
 
 import numpy as np
 
+from elastic_moe.background import OnError, start_thread
 from elastic_moe.config import EplbConfig
 from elastic_moe.control.rebalance import Round
 from elastic_moe.control.report import RebalanceReport
 from elastic_moe.control.step_gate import StepGate
+from elastic_moe.errors import PeerLost
 from elastic_moe.membership.groups import EpochGroups, Group
 from elastic_moe.membership.step_barrier import StepBarrier
 from elastic_moe.membership.view import View
 from elastic_moe.placement.loads import LoadCounter, LoadWindow
 from elastic_moe.placement.placement import Placement
 from elastic_moe.placement.registry import PlacementRegistry
+from elastic_moe.transport.staging import Staging
 from elastic_moe.weights.store import ExpertStore
 
 AFTER_CHANGE_S = 2.0
@@ -38,9 +41,11 @@ class Rebalancer:
         registry: PlacementRegistry,
         counter: LoadCounter,
         steps: Callable[[], int],
+        staging: Staging,
         *,
         wake: Callable[[], None],
         committed: Callable[[Placement], None],
+        on_error: OnError,
     ) -> None:
         """
         Args:
@@ -49,16 +54,20 @@ class Rebalancer:
             registry: the committed placement.
             counter: what the layers count.
             steps: how many steps this rank has taken in all.
+            staging: how experts come to where they are swapped in.
             wake: makes a step loop that sleeps look at `wants_steps` and `reports`; from any thread.
             committed: called in the step loop with every placement that a round commits.
+            on_error: told if a thread dies of a bug.
         """
         self.config = config
         self.rank = rank
         self.registry = registry
         self._counter = counter
         self._steps = steps
+        self.staging = staging
         self.wake = wake
         self._committed = committed
+        self.on_error = on_error
         placement = registry.placement
         self._window = LoadWindow(placement.num_layers, placement.num_experts, config.half_life_steps)
         self._window_lock = threading.Lock()
@@ -102,7 +111,6 @@ class Rebalancer:
 
         Raises:
             PeerLost: a peer was lost in the background.
-            Exception: whatever else went wrong in the background: a bug.
         """
         session = self._session
         if session is not None:
@@ -151,30 +159,31 @@ class Rebalancer:
 
 
 class _Session:
-    """The thread of one epoch. It ends with the epoch's groups; an error is kept for the step loop."""
+    """The thread of one epoch. It ends with the epoch's groups; a lost peer is kept for the step loop."""
 
     def __init__(
         self, owner: Rebalancer, view: View, groups: EpochGroups, store: ExpertStore, *, changed: bool
     ) -> None:
         self.gate = StepGate(owner.wake)
-        self.error: Exception | None = None
+        self.error: PeerLost | None = None
         self._owner = owner
         self._view = view
         self._groups = groups
         self._store = store
         self._changed = changed
         self._last_said: np.ndarray | None = None
-        threading.Thread(target=self._run, name="rebalance", daemon=True).start()
+        start_thread("rebalance", self._run, on_error=owner.on_error)
 
     def _run(self) -> None:
         try:
             self._serve()
-        except Exception as error:  # noqa: BLE001 - kept: the step loop raises it
+        except PeerLost as error:
             self.error = error
             self._owner.wake()
 
     def _serve(self) -> None:
         owner, config = self._owner, self._owner.config
+        owner.staging.enter(self._view)
         deadline_s = GRACE_S + config.interval_s
         group = self._groups.open("balance", deadline_s)
         self.gate.open(StepBarrier(self._groups.open("steps", deadline_s)))
@@ -211,6 +220,7 @@ class _Session:
             owner.registry,
             self._store,
             owner.config,
+            owner.staging,
             swap=self.gate.run if asynchronous else lambda act: act(),
             pause=(lambda: self.gate.wait_for_step(STEP_WAIT_S)) if asynchronous else lambda: None,
             committed=owner.commit,

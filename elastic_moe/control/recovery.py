@@ -8,14 +8,15 @@ second loss on the way simply begins again at the view.
 import enum
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 
+from elastic_moe.control.other_disks import Unread, read_elsewhere
 from elastic_moe.control.report import Report
-from elastic_moe.errors import PeerLost, TransferFailed
+from elastic_moe.errors import DigestMismatch, PeerLost, TransferFailed
 from elastic_moe.membership.current_epoch import CurrentEpoch
 from elastic_moe.membership.groups import EpochGroups
 from elastic_moe.membership.quorum import Membership
@@ -92,7 +93,7 @@ class Recovery:
         Raises:
             PeerLost: no agreement within the deadline.
             NotEnoughSlots: the members' slots cannot hold all experts; the view and its groups are good.
-            TransferFailed: an expert can be had from no source.
+            TransferFailed: an expert can be had from no source, on all members; the view and its groups are good.
         """
         old, noticed_at, begin, attempts = view, time.time(), time.monotonic(), 0
         self._newcomer = newcomer
@@ -133,17 +134,24 @@ class Recovery:
             held, version = self._gather(groups, version)
             placement, held = self._plan(held, view, version + 1)
             plan = plan_transfers(held, placement, view.ranks, self._topology)
-            failure = self._transfer(plan, groups)
+            unread = self._transfer(plan, groups)
         with self._phase(Phase.COMMIT):
-            brought = np.zeros((self._topology.num_ranks, len(SOURCES)), dtype=np.int64)
-            brought[self._me.rank] = self._bytes
-            failed, *brought = groups.control.all_reduce_max([int(failure is not None), *brought.ravel().tolist()])
-            if failure is not None:
-                raise failure
-            if failed:
-                raise PeerLost(f"a member of epoch {view.epoch} could not restore its experts")
-            self._bytes = np.reshape(brought, (-1, len(SOURCES))).sum(axis=0)
+            if self._vote(unread, groups):
+                left = read_elsewhere(unread, self._store, groups)
+                self._bytes[Distance.OUTSIDE] += (len(unread) - len(left)) * self._store.expert_bytes
+                if self._vote(left, groups):
+                    others = TransferFailed(f"a member of epoch {view.epoch} can have an expert from no source")
+                    raise left[0].why if left else others
         return placement
+
+    def _vote(self, unread: Sequence[Unread], groups: EpochGroups) -> bool:
+        """Whether any member lacks an expert; if none does, all know the bytes of the whole group."""
+        brought = np.zeros((self._topology.num_ranks, len(SOURCES)), dtype=np.int64)
+        brought[self._me.rank] = self._bytes
+        lacking, *brought = groups.control.all_reduce_max([int(bool(unread)), *brought.ravel().tolist()])
+        if not lacking:
+            self._bytes = np.reshape(brought, (-1, len(SOURCES))).sum(axis=0)
+        return bool(lacking)
 
     def _gather(self, groups: EpochGroups, version: int) -> tuple[np.ndarray, int]:
         """What every seat holds, int32 [L, R * S]; and the newest placement version of all."""
@@ -176,8 +184,8 @@ class Recovery:
         )
         return placement, held
 
-    def _transfer(self, plan: TransferPlan, groups: EpochGroups) -> TransferFailed | None:
-        """Fill this rank's new slots, and serve the others'. Returns why not, for the vote."""
+    def _transfer(self, plan: TransferPlan, groups: EpochGroups) -> list[Unread]:
+        """Fill this rank's new slots, and serve the others'. Returns those that could not be filled."""
         store, rank = self._store, self._me.rank
         for move in plan.local_of(rank):
             source = store.tensors(move.layer, move.source % plan.slots_per_rank)
@@ -192,25 +200,32 @@ class Recovery:
             write=lambda m: store.vacate(m.layer, m.target % plan.slots_per_rank),
             in_flight=MOVES_IN_FLIGHT,
         )
-        try:
-            for move in plan.moves:
-                if plan.rank_of(move.target) == rank:
-                    self._accept(move.layer, move.target % plan.slots_per_rank, move.expert, plan.distance(move))
-        except TransferFailed as error:
-            return error
-        return None
+        unread = []
+        for move in plan.moves:
+            if plan.rank_of(move.target) == rank:
+                layer, slot, expert = move.layer, move.target % plan.slots_per_rank, move.expert
+                if why := self._accept(layer, slot, expert, plan.distance(move)):
+                    unread.append(Unread(layer, slot, expert, why))
+        return unread
 
-    def _accept(self, layer: int, slot: int, expert: int, distance: Distance) -> None:
+    def _accept(self, layer: int, slot: int, expert: int, distance: Distance) -> TransferFailed | None:
+        """Verify what was moved into a slot, or read it from disk. Returns why not."""
         store = self._store
         if distance is not Distance.OUTSIDE:
             if store.accept(layer, slot, expert):
                 self._bytes[distance] += store.expert_bytes
-                return
+                return None
             self._rejected += 1
             log.warning("layer %d expert %d: the %s copy has a wrong digest; reading the disk", layer, expert, distance)
         store.vacate(layer, slot)
-        store.read_from_disk(layer, slot, expert)
+        try:
+            store.read_from_disk(layer, slot, expert)
+        except TransferFailed as error:
+            self._rejected += isinstance(error, DigestMismatch)
+            log.warning("%s; asking the other ranks", error)
+            return error
         self._bytes[Distance.OUTSIDE] += store.expert_bytes
+        return None
 
     @contextmanager
     def _phase(self, phase: Phase) -> Iterator[None]:

@@ -53,3 +53,10 @@ class TokenExchange(ABC):
         Raises:
             PeerLost: a peer died, left, or missed the deadline.
         """
+
+    def check(self) -> None:  # noqa: B027 - most raise where it happens
+        """Whether all calls since the last check have done what they should; once a step, before its results count.
+
+        Raises:
+            PeerLost: a peer died, left, or missed the deadline; what the calls returned is garbage.
+        """

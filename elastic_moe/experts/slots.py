@@ -38,11 +38,12 @@ class SlotExperts(nn.Module):
 
     def grow(self, num_slots: int) -> None:
         """Have `num_slots` slots, at new addresses; the old ones keep their place and content, the new hold zeros."""
-        for name in self.layout.names:
-            old = getattr(self, name)
-            new = old.new_zeros((num_slots, *old.shape[1:]))
-            new[: self.num_slots].copy_(old.detach())
-            setattr(self, name, nn.Parameter(new, requires_grad=old.requires_grad))
+        with torch.inference_mode(False):  # a recovery in a caller's inference mode; slots are written outside it too
+            for name in self.layout.names:
+                old = getattr(self, name)
+                new = old.new_zeros((num_slots, *old.shape[1:]))
+                new[: self.num_slots].copy_(old.detach())
+                setattr(self, name, nn.Parameter(new, requires_grad=old.requires_grad))
         self.num_slots = num_slots
 
     def slot_tensors(self, slot: int) -> Sequence[torch.Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from elastic_moe.exchange.epochs import TokenShape
 from elastic_moe.experts.slots import SlotExperts
 from elastic_moe.layer import ElasticMoELayer
 from elastic_moe.placement.placement import EMPTY
@@ -92,6 +93,7 @@ def elasticize(
         raise ValueError("the model is on the meta device: give checkpoint=FOLDER to load it from")
     layouts = {name: ExpertLayout.of_module(module) for name, module in experts.items()}
     first = next(iter(layouts.values()))
+    runtime.exchanges.reserve(first.num_experts, _token_shape(model, first))
     runtime.place(len(experts), first.num_experts, slots_per_rank=slots_per_rank, redundant_slots=redundant_slots)
     if checkpoint is not None:
         return _load(model, runtime, experts, CheckpointReader(checkpoint, model, layouts), progress)
@@ -104,6 +106,11 @@ def elasticize(
     runtime.hold([layer.experts for layer in layers.values()])
     nn.Module.to(model, runtime.device)  # not the model's own `to`, whose wrapper types cannot see through
     return model
+
+
+def _token_shape(model: PreTrainedModel, layout: ExpertLayout) -> TokenShape:
+    text = model.config.get_text_config()
+    return TokenShape(text.hidden_size, getattr(text, "num_experts_per_tok", 0), layout.dtypes[0])
 
 
 def _swap(model: PreTrainedModel, runtime: ElasticRuntime, experts: dict[str, nn.Module]) -> dict[str, ElasticMoELayer]:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from elastic_moe.background import OnError
 from elastic_moe.errors import PeerLost
 from elastic_moe.membership.groups import EpochGroups
 from elastic_moe.membership.quorum import Membership
@@ -59,12 +60,13 @@ class CurrentEpoch:
         knocking, view = list(self._knocking.values()), self.view
         return any(not view.has(m.rank, m.incarnation) for m in knocking)
 
-    def listen(self, silence_timeout_s: float) -> None:
-        """Hear the words of members and supervisors from now on; mind neighbours silent for so many seconds."""
+    def listen(self, silence_timeout_s: float, on_error: OnError) -> None:
+        """Hear the words of members and supervisors from now on; mind neighbours silent for so many seconds. `on_error`
+        is told if nothing is heard any more."""
         self._on(AskView, lambda word: self.abort(word.epoch))
         self._on(PeerDied, lambda word: self._peer_died(word.rank, word.incarnation))
         self._on(Knock, lambda word: self._let_knock(word.member))
-        self._signals.start(self._me.incarnation, silence_timeout_s, self._peer_is_silent)
+        self._signals.start(self._me.incarnation, silence_timeout_s, self._peer_is_silent, on_error)
 
     def enter(self, view: View, groups: EpochGroups) -> None:
         """Go over to `view`; its groups may still have to be built, and may be aborted meanwhile."""

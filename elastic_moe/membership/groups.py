@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from elastic_moe.background import end_process, start_thread
 from elastic_moe.errors import PeerLost
 from elastic_moe.membership.connections import Connections, listening_ports
 from elastic_moe.membership.view import View
@@ -155,7 +156,7 @@ class Group:
             self._aborted = True
         if self.size > 1:
             self._abort(self._backend)
-            threading.Thread(target=_bury, args=(self._backend,), name="bury", daemon=True).start()
+            start_thread("bury", _bury, self._backend, on_error=end_process)
 
     def _refuse_if_aborted(self) -> None:
         if self._aborted:
@@ -260,6 +261,7 @@ class EpochGroups:
         self._built: Future[tuple[Group, Group]] = Future()
         self._lock = threading.Lock()
         self._opened: list[Group] = []
+        self._when_aborted: list[Callable[[], None]] = []
         self._left = False
 
     def build(self) -> "EpochGroups":
@@ -270,7 +272,7 @@ class EpochGroups:
         Raises:
             PeerLost: a member did not come in time, or `abort` was called.
         """
-        threading.Thread(target=self._connect, name="groups", daemon=True).start()
+        start_thread("groups", self._connect, on_error=self._built.set_exception)
         try:
             self.control, self.data = self._built.result(BUILD_TIMEOUT_S)
         except FutureTimeout:
@@ -281,7 +283,9 @@ class EpochGroups:
     @property
     def waiting(self) -> bool:
         """Whether a call is in flight in either group, or they are being built."""
-        return not self._built.done() or self.control.waiting or self.data.waiting
+        if not self._built.done():
+            return True
+        return self._built.exception() is None and any(group.waiting for group in self._built.result())
 
     def open(self, name: str, timeout_s: float) -> Group:
         """One more gloo group of all members, on the CPU, with a deadline of its own. Collective; waits for all.
@@ -306,11 +310,21 @@ class EpochGroups:
         self._fail("left while they were built")
         with self._lock:
             self._left = True
-            groups = list(self._opened)
+            groups, acts = list(self._opened), list(self._when_aborted)
+        for act in acts:
+            act()
         if self._built.exception() is None:
             groups += self._built.result()
         for group in groups:
             group.abort()
+
+    def when_aborted(self, act: Callable[[], None]) -> None:
+        """Have `act` called, in any thread, when the groups are aborted; now, if they have been."""
+        with self._lock:
+            self._when_aborted.append(act)
+            left = self._left
+        if left:
+            act()
 
     def _store(self, timeout_s: float) -> dist.Store:
         """A client of the store of the view's first member, under the prefix of this epoch."""

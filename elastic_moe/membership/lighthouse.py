@@ -5,6 +5,7 @@ import threading
 
 from torchft.coordination import LighthouseServer
 
+from elastic_moe.background import end_process, start_thread
 from elastic_moe.membership.channel import Channel, Ready
 from elastic_moe.membership.quorum import HEARTBEAT_TIMEOUT_MS, JOIN_TIMEOUT_MS, TICK_MS
 
@@ -25,7 +26,7 @@ def main() -> None:
     )
     channel.send(Ready(f"http://{arguments.bind}"))
     ended = threading.Event()
-    threading.Thread(target=_wait_for_end, args=(channel, ended), daemon=True).start()
+    start_thread("supervisor", _wait_for_end, channel, ended, on_error=end_process)
     ended.wait()
     server.shutdown()
 

@@ -19,6 +19,7 @@ from typing import TypeVar
 import msgspec
 from torchft.coordination import LighthouseClient
 
+from elastic_moe.background import OnError, end_process, start_thread
 from elastic_moe.errors import PeerLost
 from elastic_moe.membership.view import Member, View
 
@@ -46,9 +47,11 @@ log = logging.getLogger("elastic_moe.membership")
 class Membership:
     """This process's part in the agreement. Everything that waits for a lighthouse runs in a thread of its own."""
 
-    def __init__(self, me: Member, lighthouses: Sequence[str]) -> None:
-        """`lighthouses` are URLs in the order of preference; nothing is connected before it is needed."""
+    def __init__(self, me: Member, lighthouses: Sequence[str], on_error: OnError = end_process) -> None:
+        """`lighthouses` are URLs in the order of preference; nothing is connected before it is needed. `on_error` is
+        told of a thread that died."""
         self._me = me
+        self._on_error = on_error
         self._urls: list[str] = []
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
@@ -100,7 +103,7 @@ class Membership:
             since = time.monotonic() - SPOKEN_FOR_S
             self._gone = {name: when for name, when in self._gone.items() if when > since}
             gone = list(self._gone)
-        threading.Thread(target=self._ask, args=(after, future), name="view", daemon=True).start()
+        start_thread("view", self._ask, after, future, on_error=future.set_exception)
         for name in gone:
             self._speak_for(name)
         return future
@@ -166,15 +169,13 @@ class Membership:
             except PeerLost as error:
                 log.debug("speaking for %s: %s", name, error)
 
-        threading.Thread(target=speak, name="speak", daemon=True).start()
+        start_thread("speak", speak, on_error=self._on_error)
 
     def _use(self, urls: Sequence[str]) -> None:
         for url in urls:
             if url not in self._urls:
                 self._urls.append(url)
-                thread = threading.Thread(target=self._beat, args=(url,), name="heartbeat", daemon=True)
-                self._threads.append(thread)
-                thread.start()
+                self._threads.append(start_thread("heartbeat", self._beat, url, on_error=self._on_error))
 
     def _beat(self, url: str) -> None:
         client, name = None, _name(self._me.rank, self._me.incarnation)

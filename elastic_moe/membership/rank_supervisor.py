@@ -1,12 +1,12 @@
 """The supervisor of one rank: it keeps a process in the seat, tells the others when that dies, and starts it again."""
 
-import socket
 import sys
 import time
 from dataclasses import dataclass
 
 from elastic_moe.membership.channel import Beat, Refused, SeatStart, ViewChanged
 from elastic_moe.membership.launch import Launch, host_of
+from elastic_moe.membership.ports import lasting_port
 from elastic_moe.membership.signals import Mouth, PeerDied
 from elastic_moe.membership.supervisor import Child, Event, Supervisor, complain
 from elastic_moe.membership.view import View
@@ -40,8 +40,8 @@ class RankSupervisor:
         self._supervisor = Supervisor()
         self._mouth = Mouth()
         host = host_of(launch)
-        self._signals_port = _free_port(host)
-        self._lighthouse = f"http://{host}:{_free_port(host)}" if keeps_lighthouse else ""
+        self._signals_port = lasting_port(host)
+        self._lighthouse = f"http://{host}:{lasting_port(host)}" if keeps_lighthouse else ""
         self._view: View | None = None
         self._refused = ""
         self._started = 0.0
@@ -171,9 +171,3 @@ class RankSupervisor:
     def _start_lighthouse(self) -> None:
         bind = self._lighthouse.removeprefix("http://")
         self._supervisor.start(LIGHTHOUSE, [sys.executable, "-m", "elastic_moe.membership.lighthouse", "--bind", bind])
-
-
-def _free_port(host: str) -> int:
-    """A port that was free a moment ago, for a child that has to keep it over its lives and so cannot choose one."""
-    with socket.create_server((host, 0)) as probe:
-        return probe.getsockname()[1]

@@ -7,6 +7,7 @@ Neighbours in the view's ring also tell each other twice a second that they live
 without an error (a host without power, a stopped process) is noticed by that.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -15,7 +16,10 @@ from typing import Any
 import msgspec
 import zmq
 
+from elastic_moe.background import OnError, end_process, start_thread
 from elastic_moe.membership.view import Member, View
+
+log = logging.getLogger("elastic_moe.membership")
 
 PING_S = 0.5
 LINGER_MS = 500
@@ -105,7 +109,10 @@ class Signals:
         self._router = zmq.Context.instance().socket(zmq.ROUTER)
         try:
             self._router.bind(f"tcp://{host}:{port}")
-        except zmq.ZMQError:
+        except zmq.ZMQError as error:
+            log.warning(
+                "port %d is taken (%s): whoever was away when this process came back may not find it", port, error
+            )
             self._router.bind(f"tcp://{host}:0")
         self.address = str(self._router.getsockopt_string(zmq.LAST_ENDPOINT))
         self._mouth = Mouth()
@@ -121,10 +128,17 @@ class Signals:
         """Call `handler(word)`, in the signals' thread, for each word of a kind. Words without one are dropped."""
         self._handlers[kind] = handler
 
-    def start(self, incarnation: str, silence_s: float, on_silence: Callable[[Member], None]) -> None:
-        """Listen; call `on_silence(member)` when a neighbour has said nothing for `silence_s` seconds."""
+    def start(
+        self,
+        incarnation: str,
+        silence_s: float,
+        on_silence: Callable[[Member], None],
+        on_error: OnError = end_process,
+    ) -> None:
+        """Listen; call `on_silence(member)` when a neighbour has said nothing for `silence_s` seconds, and `on_error`
+        if a handler raises, after which nothing is heard any more."""
         self._silence_s, self._on_silence = silence_s, on_silence
-        threading.Thread(target=self._serve, args=(Alive(incarnation),), name="signals", daemon=True).start()
+        start_thread("signals", self._serve, Alive(incarnation), on_error=on_error)
 
     def tell(self, members: Iterable[Member], word: Word) -> None:
         """Send one word to each member. From any thread."""

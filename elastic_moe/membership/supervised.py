@@ -1,9 +1,9 @@
 """The child's side of a supervisor, for any script: `elastic_moe.supervise` started it, and may start it again."""
 
 import os
-import threading
 import time
 
+from elastic_moe.background import end_process, start_thread
 from elastic_moe.membership.channel import Beat, Channel, Ready, SeatStart, ViewChanged
 from elastic_moe.membership.launch import Launch
 from elastic_moe.membership.view import View
@@ -45,8 +45,8 @@ class Supervised:
         """
         if self.start.rejoin is None:
             self.tell_view(view)
-        threading.Thread(target=die_with_supervisor, args=(self._channel,), daemon=True).start()
-        threading.Thread(target=self._beat, name="beat", daemon=True).start()
+        start_thread("supervisor", die_with_supervisor, self._channel, on_error=end_process)
+        start_thread("beat", self._beat, on_error=end_process)
 
     def _beat(self) -> None:
         while self._channel.send(Beat(0, working=False)):

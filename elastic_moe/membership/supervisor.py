@@ -10,12 +10,12 @@ import queue
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from elastic_moe.background import start_thread
 from elastic_moe.membership.channel import channel_pair
 
 STOP_GRACE_S = 3.0
@@ -67,11 +67,16 @@ class Child:
                 start_new_session=True,
                 preexec_fn=die_with_parent,
             )
-        threading.Thread(target=self._watch, args=(events,), daemon=True).start()
+        start_thread(f"watch {name}", self._watch, events, on_error=lambda _error: self._give_up(events))
 
     def _watch(self, events: "queue.SimpleQueue[Event]") -> None:
         while (message := self.channel.receive()) is not None:
             events.put(Event(self.name, message=message))
+        events.put(Event(self.name, code=self._process.wait()))
+
+    def _give_up(self, events: "queue.SimpleQueue[Event]") -> None:
+        """It says what nobody understands: end it, or nobody would hear of its end."""
+        self.kill()
         events.put(Event(self.name, code=self._process.wait()))
 
     @property

@@ -116,16 +116,30 @@ def balance(
     room = _room(topology, slots_per_rank, alive, capacity)
     held = None if current is None else _held(current, loads, room, slots_per_rank)
     _check_room(loads.shape[1], room)
+    problem = _problem(loads, topology, room, num_groups, slots_per_rank, held, max_moves, target)
+    slots = ALGORITHMS[algorithm](problem)
+    return Placement(slots.reshape(len(loads), -1), loads.shape[1], slots_per_rank, version=version, epoch=epoch)
+
+
+def _problem(
+    loads: np.ndarray,
+    topology: Topology,
+    room: np.ndarray,
+    num_groups: int | None,
+    slots_per_rank: int,
+    held: np.ndarray | None,
+    max_moves: int | None,
+    target: float,
+) -> Problem:
     weight = _weights(loads)
+    # nodes are numbered anew, so that those without a live rank do not count; a dead rank goes with the first live one
     _, node = np.unique(np.where(room > 0, topology.nodes, np.array(topology.nodes)[room > 0][0]), return_inverse=True)
     node = node.astype(np.int64)
     domain, home = np.zeros_like(node), np.zeros_like(weight)
     homes = None if num_groups is None else homes_of_experts(weight, num_groups, room, node, held)
     if homes is not None:
-        domain, node, home = node, domain, homes
-    problem = Problem(weight, loads.max(axis=1) > 0, room, node, domain, home, slots_per_rank, held, max_moves, target)
-    slots = ALGORITHMS[algorithm](problem)
-    return Placement(slots.reshape(len(loads), -1), loads.shape[1], slots_per_rank, version=version, epoch=epoch)
+        domain, node, home = node, domain, homes  # a group's copies share a node, so none need be apart
+    return Problem(weight, loads.max(axis=1) > 0, room, node, domain, home, slots_per_rank, held, max_moves, target)
 
 
 def warm_up() -> None:

@@ -137,9 +137,8 @@ def _cover(layer: Layer) -> int:
     It is the one for which the heaviest load among the ranks that it concerns is least.
     """
     moves = 0
-    for expert in np.argsort(-layer.weight, kind="mergesort"):
-        if layer.copies[expert]:
-            continue
+    lost = np.flatnonzero(layer.copies == 0)
+    for expert in lost[np.argsort(-layer.weight[lost], kind="mergesort")]:
         best, least, best_slot = NONE, 0, NONE
         for rank in range(len(layer.room)):
             if layer.home[expert] != layer.domain[rank]:
@@ -187,8 +186,8 @@ def _search(layer: Layer, spread: bool, step: int, max_steps: int, trail: np.nda
                 heavy, above = rank, load[rank] - layer.limit[rank]
         if above <= 0:
             break
-        best = _best_swap(layer, heavy, spread, _Step(0, 1, NONE, NONE, NONE, NONE, NONE))
-        best = _best_copy(layer, heavy, spread, best)
+        best = _best_copy(layer, heavy, spread, _Step(0, 1, NONE, NONE, NONE, NONE, NONE))
+        best = _best_swap(layer, heavy, spread, best)
         if best.gain == 0:
             break
         if best.expert == NONE:
@@ -226,6 +225,11 @@ def _best_swap(layer: Layer, heavy: int, spread: bool, best: _Step) -> _Step:
         layer.domain,
     )
     num_nodes = on_node.shape[1]
+    has_new = np.zeros(len(load), np.int64)  # whether a rank has an expert that it could give back at no move
+    for rank in range(len(load)):
+        for slot in range(room[rank]):
+            if slots[rank, slot] != NONE and not held[slots[rank, slot], rank]:
+                has_new[rank] = 1
     for slot in range(room[heavy]):
         given = slots[heavy, slot]
         if given == NONE:
@@ -238,6 +242,9 @@ def _best_swap(layer: Layer, heavy: int, spread: bool, best: _Step) -> _Step:
             if crowds and on_node[given, node[rank]] * num_nodes >= copies[given]:
                 continue
             moves_given = (not held[given, rank]) - (not held[given, heavy])
+            most_gain = min(load[heavy] - limit[heavy], -above, share[given, 1])
+            if not _is_better(most_gain, moves_given - has_new[rank], best):
+                continue
             for other_slot in range(room[rank]):
                 taken = slots[rank, other_slot]
                 shift = share[given, 1] - (share[taken, 1] if taken != NONE else 0)
@@ -275,7 +282,14 @@ def _best_copy(layer: Layer, heavy: int, spread: bool, best: _Step) -> _Step:
     )
     num_experts, num_nodes = on_node.shape
     relief = np.full(num_experts, NONE, np.int64)
+    most_relief = 0
+    for slot in range(room[heavy]):
+        expert = slots[heavy, slot]
+        if expert != NONE:
+            relief[expert] = _relief_by_copy(layer, expert)
+            most_relief = max(most_relief, relief[expert])
     for rank in range(len(load)):
+        above = load[rank] - limit[rank]
         for slot in range(room[rank]):
             old = slots[rank, slot]
             if old != NONE and copies[old] < 2:
@@ -287,6 +301,8 @@ def _best_copy(layer: Layer, heavy: int, spread: bool, best: _Step) -> _Step:
                 continue
             freed = share[old, 1] if old != NONE else 0
             back = 0 if old == NONE or held[old, rank] else 1
+            if rank != heavy and not _is_better(most_relief - loss + max(min(above, freed), 0), 1 - back, best):
+                continue
             for i in range(num_experts if rank == heavy else room[heavy]):
                 expert = i if rank == heavy else slots[heavy, i]
                 if expert == NONE or load[rank] + share[expert, 2] - freed >= load[heavy]:
@@ -297,7 +313,7 @@ def _best_copy(layer: Layer, heavy: int, spread: bool, best: _Step) -> _Step:
                     continue
                 if relief[expert] == NONE:
                     relief[expert] = _relief_by_copy(layer, expert)
-                gain = relief[expert] - loss - _more_excess(load[rank] - limit[rank], share[expert, 2] - freed)
+                gain = relief[expert] - loss - _more_excess(above, share[expert, 2] - freed)
                 moves = (not held[expert, rank]) - back
                 if _is_better(gain, moves, best):
                     best = _Step(gain, moves, rank, slot, NONE, NONE, expert)

@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 
 from elastic_moe.errors import ElasticError
 from elastic_moe.serving.balance_desk import BalancerOff
-from elastic_moe.serving.gateway import GenerationFailed, Stopping, TooManyRequests
+from elastic_moe.serving.gateway import GenerationFailed, Stopping, TooManyRequests, Unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +50,8 @@ def api_error(error: Exception) -> ApiError:
             return ApiError(HTTPStatus.CONFLICT, str(error), code="balancer_off")
         case Stopping():
             return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, str(error), code="server_stopping")
+        case Unavailable():
+            return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, str(error), code="unavailable")
         case GenerationFailed():
             return ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, str(error), code="generation_failed")
         case _:

@@ -3,23 +3,23 @@
 transformers' manager runs its own loop; ours needs the loop's three parts apart, so that ranks can agree between
 them and a forward can be repeated: `prepare` (schedule), `forward` (model, sample), `commit` (publish). The private
 parts used are named here and held by tests/unit/test_transformers_contract.py: `_create_batch_processor` of the
-manager, `_generation_step` of the processor, `_sample` of the model runner, and the scheduler's request tables.
+manager, `_generation_step` of the processor, and the scheduler's request tables; see also `seeded_runner.py`.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager, OutputRouter
-from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
-from transformers.generation.continuous_batching.model_runner import ModelRunner
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
 from elastic_moe.config import ServingConfig
 from elastic_moe.serving.paged_cache import cache_sizes, pad_values
 from elastic_moe.serving.protocol import Sampling, Submit
-from elastic_moe.serving.sampling import pick
+from elastic_moe.serving.seeded_runner import SeededRunner
+
+GRAPH_CACHE_TOKENS = 4096
+"""A graph reads the cache in multiples of so many tokens: few graphs, against reading what no request has."""
 
 Deliver = Callable[[str, int, list[int], str, str], None]
 """Called with (request id, output position of the first token, tokens, finish, error)."""
@@ -32,36 +32,6 @@ class _Request:
         self.num_generated = submit.num_generated
         self.prompt_len = len(submit.tokens) - submit.num_generated
         self.delivered = 0
-
-
-class _SeededRunner(ModelRunner):
-    """Samples each request by its own parameters, seed and position."""
-
-    def __init__(self, like: ModelRunner, requests: dict[str, _Request]) -> None:
-        super().__init__(
-            logit_processor=like.logit_processor,
-            cb_config=like.cb_config,
-            inputs_and_outputs=like.inputs_and_outputs,
-            cache=like.cache,
-            do_sample=False,
-            return_logprobs=False,
-        )
-        self._requests = requests
-        self._ios = cast("ContinuousBatchingIOs", like.inputs_and_outputs)  # synchronous: set by the Batcher
-
-    def _sample(self, scores: torch.Tensor, output_ids: torch.Tensor) -> None:
-        rules: list[tuple[Sampling, int]] = []
-        for future in self._ios.requests_in_batch:
-            if future.has_new_token:
-                state = future.state
-                request = self._requests.get(state.request_id)
-                if request is None:  # cancelled after its batch was prepared: nobody will see the token
-                    rules.append((Sampling(), 0))
-                    continue
-                position = len(state.initial_tokens) + len(state.generated_tokens) - request.prompt_len
-                rules.append((request.sampling, position))
-        tokens = pick(scores[0, : len(rules)], rules)
-        output_ids[0, : len(rules)].copy_(tokens)
 
 
 class _Outbox(OutputRouter):
@@ -83,9 +53,16 @@ class Batcher:
     """The requests of one rank. All calls come from one thread, the one that runs the model."""
 
     def __init__(
-        self, model: PreTrainedModel, config: ServingConfig, eos_token_ids: Sequence[int], deliver: Deliver
+        self,
+        model: PreTrainedModel,
+        config: ServingConfig,
+        eos_token_ids: Sequence[int],
+        deliver: Deliver,
+        *,
+        cuda_graphs: bool = False,
     ) -> None:
-        """`deliver` is called in `commit` for every new token and for the end of every request.
+        """`deliver` is called in `commit` for every new token and for the end of every request. With `cuda_graphs` the
+        forward is captured, one graph for each shape, batches being padded to multiples of `serving.graph_tokens`.
 
         Raises:
             ValueError: the model has layers that continuous batching cannot cache.
@@ -107,7 +84,9 @@ class Batcher:
             max_requests_per_batch=config.max_requests,
             allow_block_sharing=config.prefix_caching,
             use_async_batching=False,
-            use_cuda_graph=False,
+            use_cuda_graph=(cuda_graphs, False),  # the second is a path that only flash attention has
+            q_padding_interval_size=config.graph_tokens if cuda_graphs else 0,
+            kv_padding_interval_size=GRAPH_CACHE_TOKENS if cuda_graphs else 0,
             auto_switch_to_flash=False,
             disable_nccl_graph_mixing=False,
             seed=0,
@@ -118,7 +97,8 @@ class Batcher:
             self._manager.output_router = _Outbox(self._on_output)
             self._processor = self._manager._create_batch_processor()
         pad_values(self._processor.cache, model)
-        self._processor.model_runner = _SeededRunner(self._processor.model_runner, self._requests)
+        self._runner = SeededRunner(self._processor.model_runner, self._rule)
+        self._processor.model_runner = self._runner
 
     @property
     def running(self) -> int:
@@ -184,6 +164,16 @@ class Batcher:
     def commit(self) -> None:
         """Publish the tokens of the last forward."""
         self._processor.update_batch()
+
+    def forget_graphs(self) -> None:
+        """Capture anew: weights or buffers have moved."""
+        self._runner.forget_graphs()
+
+    def _rule(self, state: Any) -> tuple[Sampling, int]:
+        request = self._requests.get(state.request_id)
+        if request is None:  # cancelled after its batch was prepared: nobody will see the token
+            return Sampling(), 0
+        return request.sampling, len(state.initial_tokens) + len(state.generated_tokens) - request.prompt_len
 
     def _on_output(self, output: GenerationOutput) -> None:
         request = self._requests.get(output.request_id)

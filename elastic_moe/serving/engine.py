@@ -3,10 +3,10 @@
 import argparse
 import contextlib
 import logging
+import math
 import os
 import queue
 import sys
-import threading
 import time
 
 import psutil
@@ -14,8 +14,9 @@ import torch
 from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
 from transformers import PreTrainedModel
 
+from elastic_moe.background import end_process, start_thread
 from elastic_moe.config import ModelConfig
-from elastic_moe.errors import ElasticError, NotEnoughSlots, PeerLost
+from elastic_moe.errors import ElasticError, NotEnoughSlots, PeerLost, TransferFailed
 from elastic_moe.integrations.transformers import LoadTimer, elasticize, meta_model
 from elastic_moe.membership.channel import Beat, Channel, EngineStart, Ready, Refused, ViewChanged
 from elastic_moe.membership.launch import host_of
@@ -27,6 +28,9 @@ from elastic_moe.serving.mailbox import Mailbox
 from elastic_moe.serving.protocol import Cancel, Event, Rebalance, Status, Submit, Tokens
 
 log = logging.getLogger("elastic_moe.engine")
+
+SOURCES_AGAIN_S = 5.0
+"""An expert that can be had from no source now is asked for again after this long."""
 
 
 class Engine:
@@ -55,10 +59,10 @@ class Engine:
         self.runtime = self._join(device)
         self.runtime.on_change = lambda: self._mailbox.inbox.put(None)
         self.runtime.signals.on(Wake, self._be_woken)
-        self._mailbox.start()
+        self._mailbox.start(self.runtime.fail)
         self._model = self._load(model)
         self._batcher = Batcher(self._model, config.serving, eos_token_ids(self._model), self._deliver)
-        threading.Thread(target=self._beat, name="beat", daemon=True).start()
+        start_thread("beat", self._beat, on_error=self.runtime.fail)
 
     def _join(self, device: torch.device) -> ElasticRuntime:
         elastic = self._config.elastic
@@ -102,7 +106,6 @@ class Engine:
 
         Raises:
             PeerLost: no agreement with anybody within a minute.
-            TransferFailed: an expert can be had from no source.
         """
         if self._seat.rejoin is not None:
             self._recover("joining")
@@ -140,17 +143,23 @@ class Engine:
             try:
                 report = self.runtime.recover(reason)
                 break
-            except NotEnoughSlots as error:
+            except (NotEnoughSlots, TransferFailed) as error:
                 self._phase, self._reason = "unavailable", str(error)
                 log.error("%s; waiting for a rank to join", error)  # noqa: TRY400 - expected, and told in one line
                 self._mailbox.announce()
-                while not self.runtime.change_is_wanted:
-                    self._take(self._mailbox.inbox.get())
-                reason = "the group changes again"
+                self._wait_for_change(math.inf if isinstance(error, NotEnoughSlots) else SOURCES_AGAIN_S)
+                reason = "the group changes, or tries again"
         self._woken_for = 0
         self._asleep = False
         self._serving()
         self._mailbox.send(Event(self.runtime.rank, report))
+
+    def _wait_for_change(self, at_most_s: float) -> None:
+        """Take mail until the group changes or the time is over."""
+        end = time.monotonic() + at_most_s
+        while not self.runtime.change_is_wanted and (left := end - time.monotonic()) > 0:
+            with contextlib.suppress(queue.Empty):
+                self._take(self._mailbox.inbox.get(timeout=min(left, SOURCES_AGAIN_S)))
 
     def _serving(self) -> None:
         self._phase, self._reason = "serving", ""
@@ -283,12 +292,14 @@ def main() -> None:
     )
     for name in ("ContinuousBatchingLogger", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    threading.Thread(target=die_with_supervisor, args=(channel,), daemon=True).start()
+    start_thread("supervisor", die_with_supervisor, channel, on_error=end_process)
     try:
         _serve(start, channel)
     except ElasticError as error:
         log.error("%s", error)  # noqa: TRY400 - expected, and told in one line
-        os._exit(1)
+    except Exception:
+        log.exception("this rank ends")
+    end_process()
 
 
 def _serve(start: EngineStart, channel: Channel) -> None:

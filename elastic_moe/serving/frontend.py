@@ -10,11 +10,11 @@ import logging
 import signal
 import socket
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 
 import uvicorn
 
+from elastic_moe.background import end_process, start_thread
 from elastic_moe.config import ServeConfig
 from elastic_moe.membership.channel import Channel, FrontEndStart, Ready, Refused, ViewChanged
 from elastic_moe.serving.app import create_app
@@ -60,7 +60,7 @@ async def serve(config: ServeConfig, node: int, listener: socket.socket, model: 
     inbox: asyncio.Queue[object | None] = asyncio.Queue()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, inbox.put_nowait, None)
-    threading.Thread(target=_receive, args=(channel, loop, inbox), name="supervisor", daemon=True).start()
+    start_thread("supervisor", _receive, channel, loop, inbox, on_error=end_process)
     async with asyncio.TaskGroup() as tasks:
         gateway = Gateway(
             tasks, Metrics(), max_in_flight=config.server.max_waiting, node=node, eplb_mode=config.eplb.mode

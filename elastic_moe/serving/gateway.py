@@ -38,6 +38,10 @@ class Stopping(GenerationFailed):
     """The front end is shutting down."""
 
 
+class Unavailable(GenerationFailed):
+    """No rank can serve now, and the ranks say why; those that come back may."""
+
+
 class Generation:
     """One request in flight. A context manager: however it is left, the request is dropped here and at its engine."""
 
@@ -122,10 +126,14 @@ class Gateway:
 
         Raises:
             TooManyRequests: `max_in_flight` requests are in flight.
+            Unavailable: no rank can serve, and it is not a matter of moments.
             Stopping: the front end is shutting down.
         """
         if self.stopping:
             raise Stopping(self.stopping)
+        if why_not := self._why_not():
+            self.metrics.requests.labels("rejected").inc()
+            raise Unavailable(why_not)
         if len(self._journal) >= self._max_in_flight:
             self.metrics.requests.labels("rejected").inc()
             raise TooManyRequests(f"{self._max_in_flight} requests are in flight already; try again later")
@@ -210,8 +218,15 @@ class Gateway:
         if not self._has_started:
             return "starting", f"these ranks are not serving yet: {', '.join(map(str, absent))}"
         if len(absent) == len(self._links):
-            return "unavailable", "no rank is serving"
+            return "unavailable", self._why_not() or "no rank is serving"
         return "serving", ""
+
+    def _why_not(self) -> str:
+        """Why the ranks cannot serve, as the first that says so does; empty when one serves, or all may soon."""
+        if len(self._absent_ranks()) < len(self._links):
+            return ""
+        reports = [link.status for _, link in sorted(self._links.items()) if link.status]
+        return next((report.reason for report in reports if report.phase == "unavailable"), "")
 
     def _absent_ranks(self) -> list[int]:
         """Members of the view that cannot be given requests now."""

@@ -1,7 +1,6 @@
 """The engine's message socket: a thread that receives for the step loop and sends for it."""
 
 import queue
-import threading
 import time
 from collections.abc import Callable
 
@@ -9,6 +8,7 @@ import msgspec
 import numpy as np
 import zmq
 
+from elastic_moe.background import OnError, end_process, start_thread
 from elastic_moe.serving.protocol import (
     DROPPED,
     AskLoads,
@@ -52,11 +52,10 @@ class Mailbox:
         self._owners: dict[str, bytes] = {}
         self.inbox: queue.SimpleQueue[Submit | Cancel | Rebalance | None] = queue.SimpleQueue()
         """For the step loop; None only wakes it."""
-        self._thread = threading.Thread(target=self._serve, name="mailbox", daemon=True)
 
-    def start(self) -> None:
-        """Start answering."""
-        self._thread.start()
+    def start(self, on_error: OnError = end_process) -> None:
+        """Start answering. `on_error` is told if the thread dies."""
+        start_thread("mailbox", self._serve, on_error=on_error)
 
     def send(self, message: Tokens | Event) -> None:
         """Tokens to the front end that owns the request, events to all. From the step loop's thread only."""

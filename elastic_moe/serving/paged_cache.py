@@ -18,7 +18,8 @@ def cache_sizes(model: PreTrainedModel) -> Iterator[None]:
     """Inside, the model's config tells the width that its paged cache must have.
 
     Raises:
-        ValueError: the paged cache cannot hold the model's layers (linear attention and the like).
+        ValueError: the paged cache cannot hold the model's layers (linear attention and the like), or its attention
+            cannot run them.
     """
     config = model.config.get_text_config()
     width = getattr(config, "qk_head_dim", None)
@@ -26,12 +27,20 @@ def cache_sizes(model: PreTrainedModel) -> Iterator[None]:
     try:
         if width is not None:
             config.head_dim = width
+        _check_sinks(model)
         yield
     except ValueError as error:
         raise ValueError(f"{type(model).__name__} cannot be served by continuous batching: {error}") from error
     finally:
         if width is not None:
             config.head_dim = own
+
+
+def _check_sinks(model: PreTrainedModel) -> None:
+    """transformers' paged attention takes `sinks` for a tensor wherever an attention module has the name."""
+    for name, module in model.named_modules():
+        if getattr(module, "sinks", ...) is None:
+            raise ValueError(f"{name} has no attention sinks while other layers have")
 
 
 def pad_values(cache: Any, model: PreTrainedModel) -> None:

@@ -55,11 +55,8 @@ def rounds(plan: TransferPlan, in_flight: int) -> Iterator[list[Move]]:
     `in_flight`."""
     moves: list[Move] = []
     busy: Counter[tuple[str, int]] = Counter()
-    for move in plan.moves:
-        source, target = plan.rank_of(move.source), plan.rank_of(move.target)
-        if move.source < 0 or source == target:
-            continue
-        ends = (("sends", source), ("receives", target))
+    for move in travels(plan):
+        ends = (("sends", plan.rank_of(move.source)), ("receives", plan.rank_of(move.target)))
         if any(busy[end] >= in_flight for end in ends):
             yield moves
             moves, busy = [], Counter()
@@ -67,3 +64,10 @@ def rounds(plan: TransferPlan, in_flight: int) -> Iterator[list[Move]]:
         busy.update(ends)
     if moves:
         yield moves
+
+
+def travels(plan: TransferPlan) -> Iterator[Move]:
+    """The moves of `plan` from one rank to another, in its order."""
+    for move in plan.moves:
+        if move.source >= 0 and plan.rank_of(move.source) != plan.rank_of(move.target):
+            yield move

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import zmq
 
+from elastic_moe.background import OnError, end_process, start_thread
 from elastic_moe.membership.view import Member
 from elastic_moe.weights.digest import digest
 from elastic_moe.weights.store import ExpertStore
@@ -55,9 +56,10 @@ class WeightServer:
         self.address = f"tcp://{host}:{self._router.bind_to_random_port(f'tcp://{host}')}"
         self._closed = threading.Event()
 
-    def start(self, dense: Mapping[str, torch.Tensor], store: ExpertStore) -> None:
-        """Answer from now on, out of `dense` (by its name in the state dict) and the experts in `store`."""
-        threading.Thread(target=self._serve, args=(dense, store), name="weights", daemon=True).start()
+    def start(self, dense: Mapping[str, torch.Tensor], store: ExpertStore, on_error: OnError = end_process) -> None:
+        """Answer from now on, out of `dense` (by its name in the state dict) and the experts in `store`. `on_error` is
+        told if the thread dies."""
+        start_thread("weights", self._serve, dense, store, on_error=on_error)
 
     def close(self) -> None:
         """Answer no more."""

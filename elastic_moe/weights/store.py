@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from elastic_moe.errors import CheckpointError, TransferFailed
+from elastic_moe.errors import CheckpointError, DigestMismatch, TransferFailed
 from elastic_moe.experts.slots import SlotExperts
 from elastic_moe.placement.placement import EMPTY
 from elastic_moe.weights.digest import digest
@@ -103,26 +103,42 @@ class ExpertStore:
             target.copy_(source, non_blocking=True)
         self.held[layer, slot] = expert
 
-    @property
-    def has_checkpoint(self) -> bool:
-        """Whether there is a source of last resort."""
-        return self._read is not None
-
     def read_from_disk(self, layer: int, slot: int, expert: int) -> None:
         """Fill a vacated slot from the checkpoint, verified.
 
         Raises:
-            TransferFailed: there is no checkpoint, it cannot be read, or its bytes have another digest.
+            TransferFailed: there is no checkpoint, or it cannot be read; `DigestMismatch`: its bytes are not those of
+                the group.
         """
-        self.read_into(layer, expert, self.tensors(layer, slot))
-        self.accept(layer, slot, expert)
+        self._read_into(layer, expert, self.tensors(layer, slot))
+        if not self.accept(layer, slot, expert):
+            raise self._mismatch(layer, expert)
 
     def read_into(self, layer: int, expert: int, out: Sequence[torch.Tensor]) -> None:
         """Read an expert from the checkpoint into `out`, verified.
 
         Raises:
-            TransferFailed: there is no checkpoint, it cannot be read, or its bytes have another digest.
+            TransferFailed: there is no checkpoint, or it cannot be read; `DigestMismatch`: its bytes are not those of
+                the group.
         """
+        self._read_into(layer, expert, out)
+        if not self.is_right(layer, expert, out):
+            raise self._mismatch(layer, expert)
+
+    def read_aside(self, layer: int, expert: int) -> Sequence[torch.Tensor] | None:
+        """An expert from the checkpoint into new tensors, for another rank; None when it is not to be had right."""
+        tensors = [torch.empty_like(tensor) for tensor in self.tensors(layer, 0)]
+        try:
+            self.read_into(layer, expert, tensors)
+        except TransferFailed:
+            return None
+        return tensors
+
+    def _mismatch(self, layer: int, expert: int) -> DigestMismatch:
+        where = f"layer {layer} expert {expert}"
+        return DigestMismatch(f"{where}: no live copy, and the checkpoint's bytes have another digest than at start")
+
+    def _read_into(self, layer: int, expert: int, out: Sequence[torch.Tensor]) -> None:
         where = f"layer {layer} expert {expert}"
         if self._read is None:
             raise TransferFailed(f"{where}: no live copy, and no checkpoint to read it from")
@@ -130,5 +146,3 @@ class ExpertStore:
             self._read(layer, expert, out)
         except (CheckpointError, OSError) as error:
             raise TransferFailed(f"{where}: no live copy, and the checkpoint failed: {error}") from error
-        if not self.is_right(layer, expert, out):
-            raise TransferFailed(f"{where}: no live copy, and the checkpoint's bytes have another digest than at start")

@@ -108,7 +108,7 @@ def test_a_silent_peer_is_noticed_at_the_deadline():
 
 
 def refuse_after_abort(launch):
-    _, _, groups = build(launch, 60.0)
+    _seat, _, groups = build(launch, 60.0)  # a seat that is let go ends its store, and a slower rank's build
     groups.control.barrier()
     groups.abort()
     with pytest.raises(PeerLost, match="has left the group"):
@@ -122,7 +122,7 @@ def test_an_aborted_group_refuses_calls():
 
 def wait_until_aborted(launch, call):
     """Rank 2 does not take part; each other waits for it in `call`, and a second thread of its own breaks that off."""
-    _, _, groups = build(launch, 60.0)
+    _seat, _, groups = build(launch, 60.0)  # a seat that is let go ends its store, and a slower rank's build
     groups.data.barrier()
     if launch.rank == 2:
         time.sleep(4)

@@ -3,14 +3,19 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from serving_harness import REPOSITORY
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from serving_harness import REPOSITORY, Server, torchrun
 
 from launch.chaos_config import KINDS, ChaosRunConfig, server_overrides
+from launch.chaos_disk import flip_experts
 from launch.chaos_faults import AFTER, Fault, schedule
 from launch.chaos_load import LENGTHS, Answer, Verdict, compare, gaps_s, make_asks, percentile
-from launch.chaos_summary import Round, is_good, placement_fault, summary
+from launch.chaos_summary import Round, is_good, longest_wait, placement_fault, summary
 from launch.config import load
 
 TWO_NODES = [0, 0, 1, 1]
@@ -25,10 +30,16 @@ def test_the_schedule_and_the_load_are_functions_of_the_seed():
 @pytest.mark.parametrize("seed", range(20))
 def test_what_a_schedule_holds(seed: int):
     faults = schedule(seed, 12, KINDS, TWO_NODES)
-    assert sorted(f.kind for f in faults[:6]) == sorted(f.kind for f in faults[6:]) == sorted(KINDS)
+    again = sorted(set(KINDS) - {"kill_node"})
+    assert sorted(f.kind for f in faults[:6]) == again
+    assert set(f.kind for f in faults[6:11]) < set(again)
+    assert faults[11].kind == "kill_node"
+    assert [f.kind for f in schedule(seed, 5, ["kill_node"], TWO_NODES)] == ["kill_node"]
     for fault in faults:
         assert AFTER[0] <= fault.after <= AFTER[1]
-        assert len(set(fault.ranks)) == len(fault.ranks) == (1 if fault.kind in ("kill", "stop", "term") else 2)
+        assert (
+            len(set(fault.ranks)) == len(fault.ranks) == (1 if fault.kind in ("kill", "stop", "term", "corrupt") else 2)
+        )
         assert fault.delay_s == 0 or fault.kind == "kill_in_recovery"
         assert fault.kind != "kill_node" or fault.ranks == (2, 3)
     asks = make_asks(seed, 8)
@@ -76,32 +87,56 @@ def test_a_placement_is_wrong_when_ranks_differ_or_an_expert_is_nowhere():
     assert missing == "layer 1 has no slot with experts [1]"
 
 
-def a_round(lost: list[int], answer: Answer) -> Round:
+def a_round(lost: list[int], answer: Answer, kind: str = "kill", rejected: int = 0) -> Round:
     report = {
         "epoch": 5, "lost": lost, "joined": [], "noticed_at": 10.1, "attempts": 1, "bytes_lower_bound": 64,
         "phase_s": {"view": 0.01, "groups": 0.02, "repair": 0.03, "commit": 0.04}, "bytes_by_source": {"disk": 64},
+        "rejected": rejected,
     }  # fmt: skip
     reports = tuple({"rank": rank, "report": report} for rank in (0, 1))
-    return Round(Fault("kill", (2,), 0.5, 0.0), 10.0, True, (answer,), reports, 3.0, "")
+    return Round(Fault(kind, (2,), 0.5, 0.0), 10.0, True, (answer,), reports, 3.0, "", 0.05)
 
 
 def test_the_summary():
     wanted = Answer(text="ab", finish="length", num_tokens=2, arrivals=[1.0, 1.1])
     same = Answer(text="ab", finish="length", num_tokens=2, arrivals=[9.9, 10.3])
-    good = summary([a_round([2], same)], [wanted])
-    assert is_good(good, 1)
-    assert not is_good(good, 2)
+    good = summary([a_round([2], same)], [wanted], 1)
+    assert is_good(good)
+    assert not is_good(summary([a_round([2], same)], [wanted], 2))
     assert good["gap_ms"] == {"p50": 400.0, "p99": 400.0, "max": 400.0}
     wanted_ms = {"detect": 100.0, "view": 10.0, "groups": 20.0, "repair": 30.0, "commit": 40.0, "repeat": 100.0}
     assert good["phase_ms"] == {phase: {"p50": ms, "p99": ms} for phase, ms in wanted_ms.items()}
     assert good["bytes_by_source"] == {"disk": 64}
+    assert good["client_lag_ms"] == 50.0
     assert good["bytes_lower_bound"] == 64
-    assert not is_good(good, 1, max_gap_ms=399)
-    assert not is_good(good | {"bytes_lower_bound": 63}, 1)
-    unseen = summary([a_round([3], same)], [wanted])
-    assert unseen["faults"] == {"fired": 1, "counted": 0}
-    assert not is_good(unseen, 1)
-    assert not is_good(summary([a_round([2], Answer(text="a"))], [wanted]), 1)
+    assert not is_good(good, max_gap_ms=399)
+    assert not is_good(good | {"bytes_lower_bound": 63})
+    unseen = summary([a_round([3], same)], [wanted], 1)
+    assert unseen["faults"] == {"planned": 1, "fired": 1, "counted": 0}
+    assert not is_good(unseen)
+    assert not is_good(summary([a_round([2], Answer(text="a"))], [wanted], 1))
+    assert not is_good(summary([a_round([2], same, "corrupt")], [wanted], 1)), "nothing was refused"
+    refused = summary([a_round([2], same, "corrupt", rejected=3)], [wanted], 1)
+    assert (is_good(refused), refused["rejected"]) == (True, 6)
+
+
+def test_the_longest_wait():
+    answers = [Answer(arrivals=[1.0, 3.0, 3.1]), Answer(arrivals=[1.2, 2.9]), Answer(arrivals=[2.5, 3.2]), Answer()]
+    assert longest_wait(answers) == (2.0, 1.0, 2)
+    assert longest_wait([]) == (0.0, 0.0, 0)
+
+
+def test_a_disk_goes_bad_and_is_mended(tmp_path: Path):
+    path = tmp_path / "model.safetensors"
+    weights = {"a.experts.0.w": torch.zeros(1024), "a.gate.w": torch.zeros(1024), "a.experts.1.w": torch.zeros(3)}
+    save_file(weights, path)
+    before = path.read_bytes()
+    with safe_open(path, "pt") as mapped:
+        assert flip_experts(tmp_path) == 5
+        wrong = {name: int(mapped.get_tensor(name).count_nonzero()) for name in weights}
+        assert wrong == {"a.experts.0.w": 4, "a.gate.w": 0, "a.experts.1.w": 1}
+    assert flip_experts(tmp_path) == 5
+    assert path.read_bytes() == before
 
 
 def test_what_the_server_is_told():
@@ -116,22 +151,51 @@ def test_what_the_server_is_told():
         "chaos.ranks=2",
         "chaos.faults=0",
         "chaos.kinds=kill_node",
+        "chaos.kinds=corrupt",
     ):
         with pytest.raises(ValueError, match=mistake.partition("=")[0]):
             load(ChaosRunConfig, "chaos", [mistake])
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(170)
-def test_two_faults_by_the_command_line():
-    command = [sys.executable, "launch/chaos.py", "chaos.faults=2", "chaos.kinds=kill,kill_two", "chaos.requests=8"]
+def run_chaos(*overrides: str) -> dict:
+    """The summary of a run that is good."""
+    command = [sys.executable, "launch/chaos.py", "chaos.requests=8", *overrides]
     run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=160, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     found = json.loads(run.stdout.splitlines()[-1])
-    assert found["requests"] == found["finished"] == 16
+    planned = found["faults"]["planned"]
+    assert found["requests"] == found["finished"] == 8 * planned
     assert found["mismatched"] == found["duplicated"] == found["lost"] == 0
-    assert found["faults"] == {"fired": 2, "counted": 2}
+    assert found["faults"] == {"planned": planned, "fired": planned, "counted": planned}
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(170)
+def test_two_faults_by_the_command_line():
+    found = run_chaos("chaos.faults=2", "chaos.kinds=kill,kill_two")
+    assert found["faults"]["planned"] == 2
     assert found["gap_ms"].keys() == {"p50", "p99", "max"}
     assert found["phase_ms"].keys() == {"detect", "view", "groups", "repair", "commit", "repeat"}
-    assert sum(found["bytes_by_source"].values()) > 0
-    assert found["bytes_lower_bound"] > 0
+    assert sum(found["bytes_by_source"].values()) == found["bytes_lower_bound"] > 0
+    assert found["rejected"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(170)
+def test_a_bad_disk_then_the_loss_of_a_node():
+    found = run_chaos("chaos.faults=2", "chaos.kinds=kill_node,corrupt", "chaos.nodes=2")
+    assert found["faults"]["planned"] == 2
+    assert found["gap_ms_by_kind"].keys() == {"corrupt", "kill_node"}
+    assert found["rejected"] > 0
+    assert sum(found["bytes_by_source"].values()) == found["bytes_lower_bound"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(170)
+def test_a_server_that_runs_already():
+    with Server(torchrun(3), "log_level=warning", "elastic.hang_timeout_s=5") as server:
+        found = run_chaos("chaos.faults=2", "chaos.kinds=kill,term", f"chaos.url={server.url}")
+        assert found["faults"]["planned"] == 2
+        server.wait_until_idle()
+        server.stop()

@@ -32,7 +32,7 @@ def clusters(draw, all_alive=False):
     loads[[*draw(st.sets(st.integers(0, num_layers - 1)))]] = 0.0
     return {
         "loads": loads,
-        "topology": Topology(tuple((numbers(draw, num_ranks) % 4).tolist())),
+        "topology": Topology(tuple(int(node) for node in numbers(draw, num_ranks) % 4)),
         "slots_per_rank": slots,
         "alive": alive,
         "capacity": capacity,

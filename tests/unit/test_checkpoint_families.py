@@ -63,7 +63,8 @@ def test_load_then_materialize(family: str, tmp_path: Path) -> None:
     materialize(model, "cpu", reader.missing)
     assert_same(model, reference)
     with torch.no_grad():
-        assert torch.equal(model(input_ids=TOKENS).logits, reference(input_ids=TOKENS).logits)
+        ours, theirs = model(input_ids=TOKENS).logits, reference(input_ids=TOKENS).logits
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)  # the last bits of a sum depend on where tensors lie
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -170,6 +170,29 @@ async def test_health(config: ServeConfig):
         assert await health() == (503, "no rank is serving")
 
 
+async def test_ranks_that_cannot_serve_say_why(config: ServeConfig):
+    """New requests are refused with the reason; one in flight waits, and goes on when a rank serves again."""
+    async with front_end(config) as fe:
+        engine = FakeEngine(0, [5, 6, END], sends=1)
+        await fe.join(engine)
+        waiting = asyncio.create_task(fe.complete())
+        await until(lambda: len(engine.submits) == 1)
+        engine.phase, engine.reason = "unavailable", "4 slots are short"
+        await engine.report()
+        await until(lambda: fe.gateway.status().phase == "unavailable")
+        assert (await fe.client.get("/health")).json() == {"status": "unavailable", "reason": "4 slots are short"}
+        refused = await fe.complete()
+        assert refused.status_code == 503
+        assert refused.json()["error"] == {
+            "message": "4 slots are short", "type": "server_error", "param": None, "code": "unavailable",
+        }  # fmt: skip
+        engine.phase = "serving"
+        await engine.report()
+        await until(lambda: fe.gateway.status().phase == "serving")
+        await engine.send(engine.submits[0].request_id, 1, [6, END], "stop")
+        assert (await waiting).status_code == 200
+
+
 async def test_a_rank_that_stops_reporting_is_not_healthy(config: ServeConfig, monkeypatch: pytest.MonkeyPatch):
     async with front_end(config) as fe:
         await fe.join(FakeEngine(0, [END]))

@@ -7,6 +7,7 @@ import pytest
 import torch
 import zmq
 
+from elastic_moe.errors import DigestMismatch, TransferFailed
 from elastic_moe.membership.view import Member
 from elastic_moe.placement.placement import EMPTY
 from elastic_moe.weights import peers as module
@@ -107,6 +108,32 @@ def test_nobody_answers(monkeypatch):
     monkeypatch.setattr(module, "TIMEOUT_MS", 300)
     peers = Peers([member(0, "tcp://127.0.0.1:9")])
     assert not peers.dense("norm", torch.empty(4).bfloat16())
+
+
+def test_what_the_disk_gives_is_verified_in_a_slot_and_aside():
+    def read(_layer: int, _expert: int, out: list[torch.Tensor]) -> int:
+        if fault:
+            raise fault
+        for tensor in out:
+            tensor.fill_(value)
+        return 40
+
+    fault, value = None, 7.0
+    store = ExpertStore([Layer(), Layer()], np.array([[1, 3, EMPTY], [2, 0, EMPTY]]), read)
+    store.record_digests()
+    store.read_from_disk(0, 2, 0)  # nobody knows its digest yet
+    store.vacate(0, 2)
+    assert all((tensor == 7).all() for tensor in store.read_aside(0, 0) or [])
+    value = 8.0
+    assert store.read_aside(0, 0) is None
+    with pytest.raises(DigestMismatch, match="layer 0 expert 0: no live copy, and the checkpoint's bytes have another"):
+        store.read_from_disk(0, 2, 0)
+    fault = OSError("no such disk")
+    assert store.read_aside(0, 0) is None
+    with pytest.raises(TransferFailed, match="the checkpoint failed: no such disk") as raised:
+        store.read_from_disk(0, 2, 0)
+    assert not isinstance(raised.value, DigestMismatch)
+    assert store.held[0].tolist() == [1, 3, EMPTY]
 
 
 def test_the_digests_of_the_group_count_not_ones_own():

@@ -19,6 +19,7 @@ from elastic_moe.membership.view import Member, View
 from elastic_moe.placement.placement import Placement
 from elastic_moe.placement.registry import PlacementRegistry
 from elastic_moe.placement.topology import Topology
+from elastic_moe.transport.staging import GroupStaging
 from elastic_moe.weights.digest import digest
 from elastic_moe.weights.store import ExpertStore
 
@@ -117,7 +118,7 @@ class Rank:
         group: Any = Group(wires, rank)
         config = EplbConfig(mode="async", layers_per_chunk=layers_per_chunk)
         self.round = Round(
-            VIEW, rank, group, self.registry, self.store, config,
+            VIEW, rank, group, self.registry, self.store, config, GroupStaging(),
             swap=lambda act: act(), pause=lambda: None, committed=self.committed.append,
         )  # fmt: skip
 

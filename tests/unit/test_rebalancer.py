@@ -17,6 +17,7 @@ from elastic_moe.placement.loads import LoadCounter
 from elastic_moe.placement.placement import Placement
 from elastic_moe.placement.registry import PlacementRegistry
 from elastic_moe.placement.topology import Topology
+from elastic_moe.transport.staging import GroupStaging
 
 WAIT_S = 20.0
 VIEW = View(1, (Member(0, 0, "i", 1, "host", "", ""),))
@@ -48,10 +49,11 @@ class Harness:
         cpu = torch.device("cpu")
         self.counter = LoadCounter(1, 2, cpu)
         registry = PlacementRegistry(placement, 0, Topology.uniform(1), cpu)
-        config = EplbConfig(mode=mode, interval_s=interval_s)
+        self.errors = []
         self.balancer = Rebalancer(
-            config, 0, registry, self.counter, lambda: 0, wake=lambda: None, committed=lambda _: None
-        )
+            EplbConfig(mode=mode, interval_s=interval_s), 0, registry, self.counter, lambda: 0, GroupStaging(),
+            wake=lambda: None, committed=lambda _: None, on_error=self.errors.append,
+        )  # fmt: skip
         groups: Any = SimpleNamespace(open=lambda name, timeout_s: Alone())
         store: Any = SimpleNamespace(expert_bytes=8)
         self.balancer.begin_epoch(VIEW, groups, store, changed=False)
@@ -64,6 +66,7 @@ class Harness:
             self._step += 1
             self.balancer.enter_step(self._step)
             assert time.monotonic() < deadline
+            assert not self.errors
         return self.balancer.reports.get(timeout=WAIT_S)
 
 

@@ -1,0 +1,143 @@
+"""The exchanges of one rank over the epochs: what is reserved once, and what each view needs."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from elastic_moe.exchange.collective import CollectiveExchange
+from elastic_moe.exchange.interface import TokenExchange
+from elastic_moe.exchange.layout import ExchangeLayout
+from elastic_moe.membership.groups import EpochGroups
+from elastic_moe.membership.view import Member, View
+
+if TYPE_CHECKING:
+    from elastic_moe.exchange.symmetric import SymmetricExchange
+
+KINDS = ("collective", "symmetric")
+
+
+@dataclass
+class ExchangeConfig:
+    """How tokens travel."""
+
+    kind: str = field(default="collective", metadata={"help": "collective (gloo, NCCL) or symmetric (one NVLink host)"})
+    max_tokens: int = field(default=256, metadata={"help": "symmetric: tokens per rank and call that memory is for"})
+    fp8: bool = field(default=False, metadata={"help": "symmetric: tokens travel to their experts in 8 bits"})
+
+    def validate(self) -> None:
+        """Raise ValueError, naming the key and what is allowed, when a value cannot work."""
+        if self.kind not in KINDS:
+            raise ValueError(f"exchange.kind={self.kind!r}: must be one of {', '.join(KINDS)}")
+        if self.max_tokens < 1:
+            raise ValueError(f"exchange.max_tokens={self.max_tokens}: must be at least 1")
+
+
+@dataclass(frozen=True)
+class TokenShape:
+    """What a token is: D elements of `dtype`, for K experts."""
+
+    hidden_size: int
+    top_k: int
+    dtype: torch.dtype
+
+
+class Exchanges(ABC):
+    """Opens the exchange of each epoch."""
+
+    def reserve(self, max_slots: int, tokens: TokenShape) -> None:  # noqa: B027 - most take what they need as they go
+        """Take what all epochs need, for at most `max_slots` slots on a rank. Before the first `enter`.
+
+        Raises:
+            ValueError: tokens that this kind does not take.
+        """
+
+    @abstractmethod
+    def enter(self, view: View, groups: EpochGroups, slots_per_rank: int) -> TokenExchange:
+        """The exchange of `view`, whose groups are built. Collective. It breaks off when the groups are aborted.
+
+        Raises:
+            PeerLost: a member did not come.
+        """
+
+    def close(self) -> None:  # noqa: B027 - most have nothing to give back
+        """Give back what is reserved."""
+
+
+class CollectiveExchanges(Exchanges):
+    """Over each epoch's data group."""
+
+    def enter(self, view: View, groups: EpochGroups, slots_per_rank: int) -> TokenExchange:
+        """See `Exchanges.enter`."""
+        return CollectiveExchange(groups.data, view.ranks, slots_per_rank)
+
+
+class SymmetricExchanges(Exchanges):
+    """One exchange, reserved once, that goes from epoch to epoch."""
+
+    def __init__(
+        self, config: ExchangeConfig, me: Member, num_seats: int, device: torch.device, timeout_s: float
+    ) -> None:
+        """See `SymmetricExchange`."""
+        self._config = config
+        self._me = me
+        self._num_seats = num_seats
+        self._device = device
+        self._timeout_s = timeout_s
+        self._exchange: SymmetricExchange | None = None
+
+    def reserve(self, max_slots: int, tokens: TokenShape) -> None:
+        """See `Exchanges.reserve`. Only here Triton and the CUDA bindings are needed."""
+        from elastic_moe.exchange.symmetric import SymmetricExchange
+
+        layout = ExchangeLayout(
+            self._num_seats,
+            max_slots,
+            self._config.max_tokens,
+            tokens.top_k,
+            tokens.hidden_size,
+            tokens.dtype.itemsize,
+        )
+        self._exchange = SymmetricExchange(
+            self._me.incarnation,
+            self._me.rank,
+            layout,
+            tokens.dtype,
+            self._device,
+            timeout_s=self._timeout_s,
+            fp8=self._config.fp8,
+        )
+
+    def enter(self, view: View, groups: EpochGroups, slots_per_rank: int) -> TokenExchange:
+        """See `Exchanges.enter`."""
+        exchange = self._exchange
+        if exchange is None:
+            raise ValueError("exchange.kind=symmetric: memory must be reserved before experts are placed, see reserve")
+        exchange.enter(view, slots_per_rank, groups.control.barrier)
+        groups.when_aborted(lambda: exchange.abort(view.epoch))
+        return exchange
+
+    def close(self) -> None:
+        """See `Exchanges.close`."""
+        if self._exchange is not None:
+            self._exchange.close()
+
+
+def exchanges_of(
+    config: ExchangeConfig | None, me: Member, num_seats: int, device: torch.device, timeout_s: float
+) -> Exchanges:
+    """What `config` asks for, by default collectives, for the process `me` in one of R seats.
+
+    A call waits `timeout_s` for a peer.
+
+    Raises:
+        ValueError: a value of `config` cannot work, or not on this device.
+    """
+    config = config or ExchangeConfig()
+    config.validate()
+    if config.kind == "collective":
+        return CollectiveExchanges()
+    if device.type != "cuda":
+        raise ValueError(f"exchange.kind=symmetric needs a CUDA device, not {device}")
+    return SymmetricExchanges(config, me, num_seats, device, timeout_s)
