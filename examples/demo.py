@@ -71,7 +71,8 @@ def show(url: str, args: argparse.Namespace, console: Console) -> bool:
     console.print(f"the same again, and in the middle of it: [bold red]kill -9[/] of rank {victim['rank']}")
     again, _, _ = asyncio.run(stream_side_by_side(url, args.tokens, console, victim["pid"]))
     ended = time.monotonic()
-    reports = [event["report"] for event in get_json(f"{url}/elastic/events")]
+    events = get_json(f"{url}/elastic/events")
+    reports = [event["report"] for event in events if event["report"]["type"] == "recovery"]
     report = next((r for r in reports if victim["rank"] in r["lost"]), None)
     if report is None:
         console.print("[bold red]the rank was not lost: the demo proves nothing[/]")

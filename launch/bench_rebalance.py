@@ -128,7 +128,8 @@ async def _measure(target: Target, domains: Sequence[Sequence[Ask]]) -> Window:
         if report["type"] == "rebalance" and report["num_moves"] and began_at < report["ended_at"] <= ended_at
     ]
     answers = (*first.answers, *second.answers)
-    return Window(began_at, shifted_at, ended_at, answers, tuple(moved), _max_mean(status, loads))
+    lag_s = max(first.lag_s, second.lag_s)
+    return Window(began_at, shifted_at, ended_at, answers, tuple(moved), _max_mean(status, loads), lag_s)
 
 
 async def _stream(target: Target, asks: Sequence[Ask]) -> Load:
@@ -152,7 +153,8 @@ def _tell(number: int, mode: str, window: Window) -> None:
     busy = os.getloadavg()[0]
     print(
         f"round {number + 1} {mode}: {window.tokens_per_s:.1f} tokens/s, between two tokens {window.itl_ms()} ms, "
-        f"{len(window.reports)} rebalances, max/mean {window.max_mean:.3f} at the end; load average {busy:.1f}",
+        f"{len(window.reports)} rebalances, max/mean {window.max_mean:.3f} at the end; load average {busy:.1f}, "
+        f"this client was kept waiting for {window.client_lag_s * 1e3:.0f} ms at most",
         file=sys.stderr,
         flush=True,
     )

@@ -178,7 +178,8 @@ async def _events(target: Target) -> list[dict[str, Any]]:
 
 
 def _since(events: Sequence[dict[str, Any]], epoch: int) -> tuple[dict[str, Any], ...]:
-    return tuple(event for event in events if event["report"]["epoch"] > epoch)
+    recoveries = (event for event in events if event["report"]["type"] == "recovery")
+    return tuple(event for event in recoveries if event["report"]["epoch"] > epoch)
 
 
 def _largest(answers: Sequence[Answer]) -> str:

@@ -30,6 +30,8 @@ class Window:
     max_mean: float
     """Load of the fullest rank over the mean at the end, averaged over the layers: the placement of then, under the
     loads of the balancer's window of then."""
+    client_lag_s: float = 0.0
+    """See `Load.lag_s`."""
 
     @property
     def tokens_per_s(self) -> float:
@@ -104,6 +106,7 @@ def _of_mode(
         "p99_ms_spread": {"min": min(p99), "max": max(p99)},
         "p99_over_off": round(median(ratios), 3) if ratios else None,
         "p99_over_off_spread": {"min": round(min(ratios), 3), "max": round(max(ratios), 3)} if ratios else None,
+        "client_lag_ms": round(max(window.client_lag_s for window in own) * 1e3, 1),
         "verdict": verdict(ratios) if mode != "off" else "noise",
         "count_us_per_layer": round(count_us, 2),
         "timeline": last.timeline(),

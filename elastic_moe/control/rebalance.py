@@ -82,7 +82,9 @@ def decide(
     if not asked and before <= config.threshold:
         reason = f"max/mean {before:.3f} is within eplb.threshold={config.threshold}"
         return Decision(reason, by_layer, before, before)
-    goal = load_balancer()(
+    from elastic_moe.placement.balance import balance  # compiled at the start by `load_balancer`, see there
+
+    goal = balance(
         loads,
         topology,
         current.slots_per_rank,
@@ -105,7 +107,8 @@ def decide(
 
 
 def load_balancer() -> Callable[..., Placement]:
-    """`placement.balance.balance`, compiled. Call it first in the main thread of a process, before it serves.
+    """`placement.balance.balance`, compiled. Call it first in the main thread of a process, before it serves:
+    it may wait for other processes.
 
     numba takes a second to import, and several to compile the first time on a machine: only those who balance pay, the
     processes of a host one after the other, so that all but the first find it compiled. (Compiled in a

@@ -3,6 +3,7 @@
 import itertools
 import queue
 import threading
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -69,9 +70,10 @@ class Rebalancer:
         self.on_error = on_error
         placement = registry.placement
         self._window = LoadWindow(placement.num_layers, placement.num_experts, config.half_life_steps)
-        self._lock = threading.Lock()
+        self._window_lock = threading.Lock()
+        self._changed = threading.Condition()
+        """There is a request, or an epoch is over."""
         self._ops: list[str] = []
-        self._asked = threading.Event()
         self._session: _Session | None = None
         self.reports: queue.SimpleQueue[RebalanceReport] = queue.SimpleQueue()
         """Of the rounds that have ended; for the step loop."""
@@ -81,13 +83,15 @@ class Rebalancer:
     def begin_epoch(self, view: View, groups: EpochGroups, store: ExpertStore, *, changed: bool) -> None:
         """Balance in this epoch from now on; `changed`: the members are others than before, so a round is due soon."""
         self.end_epoch()
-        if self.config.mode != "off" and len(view.members) > 1:
+        if self.config.mode != "off":
             self._session = _Session(self, view, groups, store, changed=changed)
 
     def end_epoch(self) -> None:
         """What is under way is dropped; what was committed stays."""
         if self._session is not None:
             self._session.gate.close()
+            with self._changed:
+                self._changed.notify_all()
         self._session = None
 
     def request(self, op: str = "") -> None:
@@ -100,9 +104,7 @@ class Rebalancer:
         """
         if self.config.mode == "off":
             raise ValueError("eplb.mode=off: start with eplb.mode=async (or sync) to rebalance")
-        with self._lock:
-            self._ops.append(op)
-        self._asked.set()
+        self.add_ops([op])
 
     def enter_step(self, step: int) -> None:
         """Before every step, in the step loop; the first of an epoch is 1.
@@ -124,27 +126,26 @@ class Rebalancer:
 
     def local_loads(self) -> np.ndarray:
         """float64 [L, E]: the window of this rank, until now. From any thread."""
-        with self._lock:
+        with self._window_lock:
             self._window.add(self._counter.read(), self._steps())
             return self._window.loads.copy()
 
     def take_ops(self) -> list[str]:
         """The requests that wait; they are the caller's to answer."""
-        with self._lock:
+        with self._changed:
             ops, self._ops = self._ops, []
-            self._asked.clear()
         return ops
 
-    def put_back(self, ops: list[str]) -> None:
-        """Of a round that broke off: the next epoch's first one answers them."""
-        with self._lock:
-            self._ops = ops + self._ops
-        if ops:
-            self._asked.set()
+    def add_ops(self, ops: list[str]) -> None:
+        """Requests that the next round answers: new ones, or those of a round that broke off."""
+        with self._changed:
+            self._ops += ops
+            self._changed.notify_all()
 
-    def wait_for_request(self, timeout_s: float) -> bool:
-        """Wait until there is a request, `timeout_s` seconds at most. False: there is none."""
-        return self._asked.wait(timeout_s)
+    def wait_for_request(self, gate: StepGate, timeout_s: float) -> None:
+        """Wait until there is a request or `gate` is closed, `timeout_s` seconds at most."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._ops or gate.is_closed, timeout_s)
 
     def tell(self, report: RebalanceReport) -> None:
         """A round has ended."""
@@ -170,6 +171,7 @@ class _Session:
         self._groups = groups
         self._store = store
         self._changed = changed
+        self._last_said: np.ndarray | None = None
         start_thread("rebalance", self._run, on_error=owner.on_error)
 
     def _run(self) -> None:
@@ -187,12 +189,14 @@ class _Session:
         self.gate.open(StepBarrier(self._groups.open("steps", deadline_s)))
         for number in itertools.count(1):
             changed = self._changed and number == 1
-            owner.wait_for_request(AFTER_CHANGE_S if changed else config.interval_s)
+            owner.wait_for_request(self.gate, AFTER_CHANGE_S if changed else config.interval_s)
+            if self.gate.is_closed:  # what is asked now is the next epoch's
+                return
             ops = owner.take_ops()
             try:
                 owner.tell(self._round(group, number, ops, changed=changed))
             except BaseException:
-                owner.put_back(ops)
+                owner.add_ops(ops)
                 raise
 
     def _round(self, group: Group, number: int, ops: list[str], *, changed: bool) -> RebalanceReport:
@@ -201,6 +205,13 @@ class _Session:
         asynchronous = owner.config.mode == "async"
         said = np.append(np.rint(owner.local_loads()).astype(np.int64), len(ops))
         summed = group.all_reduce_sum_array(said)
+        asked = bool(summed[-1]) or changed
+        idle = self._last_said is not None and np.array_equal(summed, self._last_said)
+        self._last_said = summed
+        if idle and not asked:  # a group that sleeps goes on sleeping, in sync too
+            reason = "no tokens since the last round"
+            version = owner.registry.placement.version
+            return RebalanceReport(self._view.epoch, number, version, (), "kept", reason, ended_at=time.time())
         loads = summed[:-1].reshape(owner.registry.placement.num_layers, -1).astype(np.float64)
         this = Round(
             self._view,
@@ -214,7 +225,6 @@ class _Session:
             pause=(lambda: self.gate.wait_for_step(STEP_WAIT_S)) if asynchronous else lambda: None,
             committed=owner.commit,
         )
-        asked = bool(summed[-1]) or changed
         if asynchronous:
             return this.run(number, loads, ops, asked=asked)
         reports: list[RebalanceReport] = []

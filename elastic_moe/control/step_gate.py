@@ -28,6 +28,11 @@ class StepGate:
         """Whether an action waits for its step."""
         return self._action is not None
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether the epoch is over."""
+        return self._error is not None
+
     def run(self, action: Callable[[], None]) -> None:
         """Have `action()` run in the step loop, before a step that all ranks agree on; wait until it has. Collective.
 

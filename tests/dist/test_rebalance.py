@@ -8,6 +8,7 @@ import pytest
 import torch
 from elastic_harness import make_checkpoint
 from harness import run_ranks
+from transformers import AutoModelForCausalLM
 
 from elastic_moe.config import EplbConfig
 from elastic_moe.integrations.transformers import elasticize, meta_model
@@ -69,9 +70,6 @@ def serve(launch, folder, mode, rounds, layers_per_chunk=1):
 @pytest.mark.parametrize("mode", ["async", "sync"])
 def test_tokens_are_right_while_experts_move(checkpoint, mode):
     results = run_ranks(serve, WORLD, str(checkpoint), mode, 3)
-    reference = meta_model(checkpoint, torch.float32)
-    from transformers import AutoModelForCausalLM
-
     reference = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     for rank, result in enumerate(results):
         with torch.no_grad():
@@ -92,3 +90,11 @@ def test_tokens_are_right_while_experts_move(checkpoint, mode):
     assert first.num_chunks == len(results[0]["hashes"]) or len(results[0]["reports"]) > 1
     far = sum(count for source, count in first.bytes_by_source.items() if source != "own")
     assert far == first.bytes_lower_bound > 0
+
+
+@pytest.mark.parametrize("mode", ["async", "sync"])
+def test_a_rank_alone_answers_too(checkpoint, mode):
+    (result,) = run_ranks(serve, 1, str(checkpoint), mode, 1)
+    (report,) = result["reports"]
+    assert (report.ops, report.outcome) == (("op0",), "kept")
+    assert report.reason == "no better placement than the present one, max/mean 1.000"

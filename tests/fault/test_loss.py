@@ -60,7 +60,8 @@ def run_streams(server: Server, victims: tuple[int, ...] = (), how: signal.Signa
 
 
 def events(server: Server) -> list[dict]:
-    return [event["report"] for event in httpx.get(f"{server.url}/elastic/events").json()]
+    reports = [event["report"] for event in httpx.get(f"{server.url}/elastic/events").json()]
+    return [report for report in reports if report["type"] == "recovery"]
 
 
 def wait_until_whole(server: Server) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -70,12 +71,12 @@ def chosen(reference: Reference, prompts) -> list[Continuation]:
     return wanted
 
 
-async def stream_all(server: Server, wanted, in_the_middle=None):
+async def stream_all(server: Server, wanted, in_the_middle=None) -> tuple[list[str], Any, int]:
     """Stream all at once; `in_the_middle()` runs in a thread when every stream has begun and none has ended."""
     begun = [asyncio.Event() for _ in wanted]
     running = len(wanted)
 
-    async def one(client, continuation, first):
+    async def one(client, continuation, first) -> str:
         nonlocal running
         chunks = await client.completions.create(
             model="demo", prompt=continuation.prompt, max_tokens=len(continuation.tokens), temperature=0, stream=True
@@ -95,7 +96,9 @@ async def stream_all(server: Server, wanted, in_the_middle=None):
 
     async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client, asyncio.timeout(90):
         streams = [one(client, w, first) for w, first in zip(wanted, begun, strict=True)]
-        (found, still_running), *texts = await asyncio.gather(interrupt(), *streams)
+        middle = asyncio.create_task(interrupt())
+        texts = await asyncio.gather(*streams)
+        found, still_running = await middle
     return texts, found, still_running
 
 

@@ -3,6 +3,7 @@
 import queue
 from collections.abc import Iterator
 from contextlib import ExitStack
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -21,6 +22,7 @@ from elastic_moe.serving.protocol import (
     Rebalance,
     Status,
     Submit,
+    ToFrontEnd,
     Tokens,
     decode_to_front_end,
     encode,
@@ -41,7 +43,7 @@ class FrontEnd:
     def send(self, message: msgspec.Struct) -> None:
         self.socket.send(encode(message))
 
-    def receive(self, within_s: float = WAIT_S) -> object:
+    def receive(self, within_s: float = WAIT_S) -> ToFrontEnd | None:
         """The next message, None when there is none in time."""
         return decode_to_front_end(self.socket.recv()) if self.socket.poll(within_s * 1000) else None
 
@@ -62,7 +64,7 @@ class Harness:
         self._stack.callback(front_end.socket.close)
         return front_end
 
-    def next(self) -> object:
+    def next(self) -> Any:
         return self.mailbox.inbox.get(timeout=WAIT_S)
 
 

@@ -132,13 +132,18 @@ class Rank:
         placement = self.registry.placement
         assert np.array_equal(self.store.held, placement.of_rank(self.rank))
         for layer, slot in np.ndindex(self.store.held.shape):
-            assert torch.equal(self.store.tensors(layer, slot)[0], weights(layer, self.store.held[layer, slot]))
+            assert torch.equal(self.store.tensors(layer, slot)[0], weights(layer, int(self.store.held[layer, slot])))
         self.registry.check_integrity()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled():
+    """In the main thread, not in that of a rank."""
+    load_balancer()
 
 
 def run_round(*, spoilt=(), disk_is_right=True, layers_per_chunk=LAYERS, loads=LOADS):
     """Both ranks, and their reports."""
-    load_balancer()  # compiled here, not in a thread
     wires = Wires()
     wires.spoilt = set(spoilt)
     ranks = [Rank(rank, wires, disk_is_right=disk_is_right, layers_per_chunk=layers_per_chunk) for rank in range(RANKS)]
@@ -205,8 +210,7 @@ def test_a_planner_that_fails_changes_nothing(monkeypatch):
     def broken(*_args, **_settings):
         raise ZeroDivisionError("of the planner")
 
-    load_balancer()
-    monkeypatch.setattr("elastic_moe.control.rebalance.load_balancer", lambda: broken)
+    monkeypatch.setattr("elastic_moe.placement.balance.balance", broken)
     ranks, reports = run_round()
     assert [report.outcome for report in reports] == ["failed", "failed"]
     assert {report.reason for report in reports} == {"the balancer failed: of the planner"}

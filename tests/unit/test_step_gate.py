@@ -2,6 +2,7 @@
 
 import threading
 from concurrent.futures import Future
+from typing import Any
 
 import pytest
 
@@ -35,7 +36,8 @@ class Background:
     def __init__(self):
         self.asked = threading.Event()
         self.gate = StepGate(self.asked.set)
-        self.gate.open(AgreesAtOnce())
+        barrier: Any = AgreesAtOnce()
+        self.gate.open(barrier)
 
     def start(self, work):
         result = Future()
@@ -114,7 +116,8 @@ def test_an_error_of_the_barrier_leaves_the_action_undone():
             raise PeerLost("rank 1 is gone")
 
     background, ran = Background(), []
-    background.gate.open(Broken())
+    barrier: Any = Broken()
+    background.gate.open(barrier)
     done = background.run(lambda: ran.append(1))
     with pytest.raises(PeerLost, match="rank 1 is gone"):
         background.gate.enter(1)
