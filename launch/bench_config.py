@@ -53,6 +53,7 @@ class BenchConfig:
     rank_list: str = _key("1,2,4", "gpu_serve: comma list of numbers of ranks")
     stream_list: str = _key("1,8,32", "gpu_serve: comma list of numbers of streams at once")
     dtype: str = _key("bfloat16", "gpu_serve, gpu_recovery: model.dtype of the servers")
+    eplb_mode: str = _key("off", "gpu_recovery: eplb.mode of the server")
 
     def rank_counts(self) -> tuple[int, ...]:
         """`rank_list`; ValueError when one is not a whole number."""
