@@ -63,12 +63,13 @@ class Engine:
         self.runtime.signals.on(Wake, self._be_woken)
         self._mailbox.start(self.runtime.fail)
         self._model = self._load(model)
+        captures = symmetric and config.serving.cuda_graphs and self._model.dtype == torch.bfloat16
         self._batcher = Batcher(
             self._model,
             config.serving,
             eos_token_ids(self._model),
             self._deliver,
-            cuda_graphs=symmetric and config.serving.cuda_graphs,
+            cuda_graphs=captures,
         )
         self._num_slots = self.runtime.registry.placement.slots_per_rank
         self.runtime.on_placement_changed.append(self._follow_placement)
