@@ -307,17 +307,21 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
     part.rename(path)
 
 
-def rebalance(runtime: ElasticRuntime, rounds: int, forward: Callable[[], Any]) -> None:
-    """Have the balancer end so many rounds, at steps that do `forward`. A loss may cost one: its request is answered in
-    the next epoch at the latest after some seconds, for which nobody waits."""
+def rebalance(runtime: ElasticRuntime, forward: Callable[[], Any]) -> bool:
+    """Have the balancer end a round, at steps that do `forward`; whether it has moved anything. A loss may cost it: its
+    request is answered in the next epoch, after some seconds, for which nobody waits."""
+    runtime.rebalancer.request()
     reports = runtime.rebalancer.reports
-    for _ in range(rounds):
-        runtime.rebalancer.request()
-        for _ in range(STEPS_OF_A_ROUND):
-            runtime.run(forward)
-            if not reports.empty():
-                reports.get()
-                break
+    for _ in range(STEPS_OF_A_ROUND):
+        runtime.run(forward)
+        if not reports.empty():
+            return reports.get().outcome == "moved"
+    return False
+
+
+def usage_of(process: psutil.Process) -> tuple[float, int, int, int]:
+    """The time, and bytes of memory, file descriptors, threads."""
+    return time.monotonic(), process.memory_info().rss, process.num_fds(), process.num_threads()
 
 
 def _work(
@@ -340,10 +344,10 @@ def _work(
     eplb = EplbConfig(mode="async" if rounds else "off", half_life_steps=2, layers_per_chunk=1, mb_per_step=0.001)
     runtime = ElasticRuntime.join(seat, device=torch.device("cpu"), exchange_timeout_s=30, eplb=eplb)
 
-    process, usage = psutil.Process(), []
+    process, usage, moved = psutil.Process(), [], 0
 
     def tell(view: View) -> None:
-        usage.append((time.monotonic(), process.memory_info().rss, process.num_fds(), process.num_threads()))
+        usage.append(usage_of(process))
         _write(folder / f"view-{rank}", lambda part: part.write_bytes(msgspec.json.encode(view)))
 
     if seat.rejoin is None:
@@ -359,7 +363,9 @@ def _work(
                 if any(death.point == "between" and death.nth == step for death in mine):
                     die()
                 _write(_path(folder, rank, step), lambda part, logits=logits: torch.save(logits, part))
-            rebalance(runtime, rounds, lambda step=step: model(tokens_of(rank, step)))
+            for number in range(rounds):
+                moved += rebalance(runtime, lambda at=step * rounds + number: model(tokens_of(rank, STEPS + at)))
+                usage.append(usage_of(process))
     runtime.finish()
     store = runtime.store
     end = {
@@ -374,6 +380,7 @@ def _work(
         ],
         "epoch": runtime.epoch,
         "usage": usage,
+        "moved": moved,
     }
     torch.save(end, folder / f"end-{rank}")
     os._exit(0)

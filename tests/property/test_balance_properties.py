@@ -134,6 +134,10 @@ def test_coverage_comes_before_the_bound(case):
     assert num_moves(held, new.slots, slots) == uncovered
 
 
+MOST_ROUNDS = 4
+"""In which the search comes to rest: what one round could not better, the next may, from where that ended."""
+
+
 @given(balanced_clusters(), st.integers(0, 12))
 @settings(max_examples=500, deadline=None)
 def test_no_worse_than_doing_nothing_within_the_bound(case, max_moves):
@@ -147,8 +151,11 @@ def test_no_worse_than_doing_nothing_within_the_bound(case, max_moves):
         assert bound is None or num_moves(old.slots, new.slots, slots) <= bound
         idle = ~case["loads"].any(axis=1)
         assert (new.slots[idle] == old.slots[idle]).all(), "a layer without load moved"
-    again = balance(**case | {"current": new})
-    assert (again.slots == new.slots).all(), "a second time moves nothing"
+    for _ in range(MOST_ROUNDS):
+        old, new = new, balance(**case | {"current": new})
+        if (old.slots == new.slots).all():
+            return
+    raise AssertionError(f"still moves experts after {MOST_ROUNDS} rounds under the same loads")
 
 
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 6))

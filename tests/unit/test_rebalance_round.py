@@ -62,6 +62,7 @@ class Group:
     """The calls of `membership.groups.Group` that a round makes."""
 
     size = RANKS
+    on_cpu = True
 
     def __init__(self, wires: Wires, rank: int) -> None:
         self.wires, self.rank = wires, rank
