@@ -15,14 +15,15 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColu
 from transformers import PreTrainedModel
 
 from elastic_moe.background import end_process, start_thread
-from elastic_moe.config import ModelConfig
+from elastic_moe.config import ModelConfig, ServeConfig
 from elastic_moe.errors import ElasticError, NotEnoughSlots, PeerLost, TransferFailed
-from elastic_moe.integrations.transformers import LoadTimer, elasticize, meta_model
+from elastic_moe.integrations.transformers import LoadTimer, elasticize, find_experts, meta_model
 from elastic_moe.membership.channel import Beat, Channel, EngineStart, Ready, Refused, ViewChanged
-from elastic_moe.membership.launch import host_of
+from elastic_moe.membership.launch import Launch, host_of
 from elastic_moe.membership.signals import Wake
 from elastic_moe.membership.supervised import BEAT_S, die_with_supervisor
-from elastic_moe.placement.placement import Placement
+from elastic_moe.placement.loads import read_loads
+from elastic_moe.placement.placement import Placement, initial_placement
 from elastic_moe.runtime import ElasticRuntime
 from elastic_moe.serving.batching import Batcher
 from elastic_moe.serving.mailbox import Mailbox
@@ -57,6 +58,7 @@ class Engine:
         symmetric = config.exchange.kind == "symmetric"
         device = pick_device(config.model, launch.local_rank, launch.local_world_size, may_share=symmetric)
         model = meta_model(config.model.path, pick_dtype(config.model.dtype))
+        check_fit(model, launch, config)
         self._mailbox = Mailbox(host_of(launch), self.status, lambda: self.runtime.rebalancer.local_loads())
         self.runtime = self._join(device)
         self.runtime.on_change = lambda: self._mailbox.inbox.put(None)
@@ -264,6 +266,21 @@ class Engine:
             memory_bytes=torch.cuda.memory_allocated(runtime.device) if cuda else self._process.memory_info().rss,
             load_seconds=self._load_seconds,
         )
+
+
+def check_fit(model: PreTrainedModel, launch: Launch, config: ServeConfig) -> None:
+    """Whether the experts of a model fit the configuration. Before ranks meet: one that refuses then would look lost to
+    those that still come.
+
+    Raises:
+        ValueError: they do not; the message says what would.
+    """
+    experts = list(find_experts(model).values())
+    num_experts = int(getattr(experts[0], "num_experts"))  # noqa: B009
+    if config.elastic.slots_per_rank is not None:
+        initial_placement(1, num_experts, launch.topology, config.elastic.slots_per_rank)
+    if config.eplb.initial_loads:
+        read_loads(config.eplb.initial_loads, len(experts), num_experts)
 
 
 def pick_device(
