@@ -113,7 +113,7 @@ class EplbConfig:
     interval_s: float = _key(10.0, "from one look at the loads to the next, in seconds")
     threshold: float = _key(1.05, "balance when the fullest rank has more than this times the mean load (1 or more)")
     half_life_steps: int = _key(500, "tokens counted this many steps ago count half")
-    layers_per_chunk: int = _key(4, "layers that are swapped in at the same step at most")
+    layers_per_chunk: int = _key(1, "layers that are swapped in at the same step at most")
     staging_mb: int = _key(64, "megabytes of experts that wait on a rank to be swapped in, one expert at least")
     mb_per_step: float = _key(8.0, "megabytes of experts that a rank sends or receives during one step, about")
     link_gb_per_s: float = _key(1.0, "what a rank can receive, in gigabytes per second, to tell whether a move pays")

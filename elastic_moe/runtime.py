@@ -11,7 +11,7 @@ from elastic_moe.background import Latch
 from elastic_moe.config import EplbConfig, ExchangeConfig
 from elastic_moe.control import lockstep
 from elastic_moe.control.hooks import Hooks
-from elastic_moe.control.rebalance import MEGABYTE, load_balancer
+from elastic_moe.control.rebalance import load_balancer
 from elastic_moe.control.rebalancer import Rebalancer
 from elastic_moe.control.recovery import Recovery
 from elastic_moe.control.report import Report
@@ -31,7 +31,7 @@ from elastic_moe.placement.loads import LoadCounter, read_loads
 from elastic_moe.placement.placement import Placement, fewest_slots, initial_placement
 from elastic_moe.placement.registry import PlacementRegistry
 from elastic_moe.placement.topology import Topology
-from elastic_moe.transport.staging import GroupStaging, MappedStaging, Staging
+from elastic_moe.transport.staging import open_staging
 from elastic_moe.weights.peers import Peers, WeightServer
 from elastic_moe.weights.store import ExpertStore, ReadExpert
 
@@ -233,7 +233,14 @@ class ElasticRuntime:
             self._registry,
             self._load_counter,
             steps=lambda: self.steps,
-            staging=self._open_staging(),
+            staging=open_staging(
+                self._exchange_config,
+                self._eplb,
+                self.seat.member,
+                self.topology,
+                self.device,
+                self._exchange_timeout_s,
+            ),
             wake=lambda: self.on_change(),
             committed=self._hooks.call_placement_changed,
             on_error=self.fail,
@@ -329,21 +336,9 @@ class ElasticRuntime:
                 layer.join_idle()
 
     @property
-    def epoch_is_over(self) -> bool:
-        """Whether the current epoch was left and `recover` has to be called; its next collective would say so too."""
-        return self._epoch.is_left
-
-    @property
     def change_is_wanted(self) -> bool:
         """Whether the epoch is over, or a process waits to be taken in."""
         return self._epoch.is_left or self._epoch.somebody_knocks
-
-    def leave_epoch(self, epoch: int) -> bool:
-        """Abort the groups of `epoch` and ask for the next view, if it is the current one. From any thread.
-
-        The call in flight in that epoch, and every later one, gets PeerLost.
-        """
-        return self._epoch.abort(epoch)
 
     def recover(self, reason: str) -> Report:
         """Leave the current epoch and come back in the next: view, groups, repair, vote, commit. Collective in effect.
@@ -395,16 +390,6 @@ class ElasticRuntime:
         if self._epoch.is_entered:
             self.groups.abort()
         self.exchanges.close()
-
-    def _open_staging(self) -> Staging:
-        if self._exchange_config.kind != "symmetric" or self._eplb.mode == "off":
-            return GroupStaging()
-        from elastic_moe.transport.symmetric import PeerStaging  # only here CUDA's own bindings are needed
-
-        member, num_bytes = self.seat.member, self._eplb.staging_mb * MEGABYTE
-        num_seats, timeout_s = self.topology.num_ranks, self._exchange_timeout_s
-        peers = PeerStaging(member.incarnation, self.rank, num_seats, num_bytes, self.device, timeout_s=timeout_s)
-        return MappedStaging(peers)
 
     def _use_groups(self) -> None:
         if self._epoch.is_entered:

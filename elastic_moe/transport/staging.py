@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from elastic_moe.config import EplbConfig, ExchangeConfig
 from elastic_moe.membership.groups import Group
-from elastic_moe.membership.view import View
+from elastic_moe.membership.view import Member, View
+from elastic_moe.placement.topology import Topology
 from elastic_moe.placement.transfers import Move, TransferPlan
 from elastic_moe.transport.group import move_experts, rounds, travels
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 Slots = Callable[[int, int], Sequence[torch.Tensor]]
 """From (layer, slot of this rank) to the tensors there."""
+MEGABYTE = 1_000_000
 ALIGNED = 256
 """Tensors begin at multiples of so many bytes."""
 
@@ -120,6 +123,24 @@ class MappedStaging(Staging):
     def _view(self, begin: int, like: torch.Tensor) -> torch.Tensor:
         num_bytes = like.numel() * like.element_size()
         return self._peers.buffer[begin : begin + num_bytes].view(like.dtype).view(like.shape)
+
+
+def open_staging(
+    exchange: ExchangeConfig,
+    eplb: EplbConfig,
+    me: Member,
+    topology: Topology,
+    device: torch.device,
+    timeout_s: float,
+) -> Staging:
+    """What the configuration asks for, for the process `me`: mapped memory goes with the symmetric exchange."""
+    if exchange.kind != "symmetric" or eplb.mode == "off":
+        return GroupStaging()
+    from elastic_moe.transport.symmetric import PeerStaging  # only here CUDA's own bindings are needed
+
+    num_bytes = eplb.staging_mb * MEGABYTE
+    peers = PeerStaging(me.incarnation, me.rank, topology.num_ranks, num_bytes, device, timeout_s=timeout_s)
+    return MappedStaging(peers)
 
 
 def _copies(transfer: Transfer) -> dict[Move, Sequence[torch.Tensor]]:
