@@ -38,8 +38,6 @@ from elastic_moe.weights.store import ExpertStore, ReadExpert
 log = logging.getLogger("elastic_moe.runtime")
 
 Result = TypeVar("Result")
-Owned = TypeVar("Owned")
-
 
 class IdleLayer(Protocol):
     """What the runtime needs to know of an ElasticMoELayer."""
@@ -396,7 +394,7 @@ class ElasticRuntime:
             self._exchange = self.exchanges.enter(self.view, self.groups, self.registry.placement.slots_per_rank)
 
 
-def _placed(thing: Owned | None) -> Owned:
+def _placed(thing: Result | None) -> Result:
     if thing is None:
         raise RuntimeError("no experts are placed yet: call runtime.place or elasticize first")
     return thing
