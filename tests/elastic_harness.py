@@ -341,7 +341,7 @@ def _work(
     mine = [death for death in deaths if (death.rank, death.life) == (rank, life)]
     for death in mine:
         set_trap(death)
-    eplb = EplbConfig(mode="async" if rounds else "off", half_life_steps=2, layers_per_chunk=1, mb_per_step=0.001)
+    eplb = EplbConfig(mode="async" if rounds else "off", half_life_steps=2, interval_s=0.2, mb_per_step=0.001)
     runtime = ElasticRuntime.join(seat, device=torch.device("cpu"), exchange_timeout_s=30, eplb=eplb)
 
     process, usage, moved = psutil.Process(), [], 0
