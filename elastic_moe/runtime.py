@@ -39,6 +39,7 @@ log = logging.getLogger("elastic_moe.runtime")
 
 Result = TypeVar("Result")
 
+
 class IdleLayer(Protocol):
     """What the runtime needs to know of an ElasticMoELayer."""
 

@@ -23,7 +23,7 @@ from elastic_moe.placement.chunks import chunks
 from elastic_moe.placement.placement import EMPTY, Placement
 from elastic_moe.placement.registry import PlacementRegistry, Tables
 from elastic_moe.placement.topology import Topology
-from elastic_moe.placement.transfers import Distance, Move, TransferPlan, plan_transfers
+from elastic_moe.placement.transfers import SOURCES, Distance, Move, TransferPlan, plan_transfers
 from elastic_moe.transport.staging import MEGABYTE, Staging, Transfer
 from elastic_moe.weights.store import ExpertStore
 
@@ -31,8 +31,6 @@ log = logging.getLogger("elastic_moe.rebalance")
 
 Swap = Callable[[Callable[[], None]], None]
 """Runs a function in the step loop, on all ranks before the same step, and waits until it has run."""
-SOURCES = ("own", "node", "remote", "disk")
-"""Names of `Distance`, for reports and metrics."""
 
 
 class Decision(msgspec.Struct, frozen=True):

@@ -24,7 +24,7 @@ from elastic_moe.membership.view import Member, View
 from elastic_moe.placement.placement import EMPTY, Placement, fewest_slots
 from elastic_moe.placement.repair import grow, lower_bound_moves, repair
 from elastic_moe.placement.topology import Topology
-from elastic_moe.placement.transfers import Distance, TransferPlan, plan_transfers
+from elastic_moe.placement.transfers import SOURCES, Distance, TransferPlan, plan_transfers
 from elastic_moe.transport.group import move_experts
 from elastic_moe.weights.store import UNKNOWN, ExpertStore
 
@@ -33,10 +33,6 @@ log = logging.getLogger("elastic_moe.recovery")
 DEADLINE_S = 60.0
 MOVES_IN_FLIGHT = 64
 """Experts on their way between ranks at once; bounds the receive buffers of the transport."""
-
-
-SOURCES = ("own", "node", "remote", "disk")
-"""Names of `Distance`, for reports and metrics."""
 
 
 class Phase(enum.Enum):
