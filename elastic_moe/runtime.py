@@ -76,7 +76,7 @@ class ElasticRuntime:
         """`view` is the current one, or, for a process that takes a dead one's seat, the last known.
 
         A member builds the groups of `view` here, together with all others; a newcomer gets its first ones by
-        `recover`, once it holds what it wants to bring. `eplb` is how experts are balanced, `exchange` how tokens go.
+        `recover`, once it holds what it brings. `eplb`: how experts are balanced; `exchange`: how tokens travel.
         """
         self.seat = seat
         self.rank = seat.member.rank
