@@ -82,8 +82,7 @@ class ElasticRuntime:
         self.rank = seat.member.rank
         self.topology = topology
         self.device = device
-        self.steps = 0
-        """Forwards finished."""
+        self.steps = 0  # forwards finished
         self.handshakes = 0
         """Calls of `agree` in this epoch: the number of the step that all ranks are in."""
         self._hooks = Hooks()
