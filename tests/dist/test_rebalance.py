@@ -11,11 +11,18 @@ from harness import run_ranks
 from transformers import AutoModelForCausalLM
 
 from elastic_moe.config import EplbConfig
+from elastic_moe.control.rebalance import load_balancer
 from elastic_moe.integrations.transformers import elasticize, meta_model
 from elastic_moe.runtime import ElasticRuntime
 from elastic_moe.weights.digest import digest
 
 WORLD = 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled() -> None:
+    """The balancer, before any deadline runs."""
+    load_balancer()
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from elastic_harness import BUG, STEPS, WORLD, Death, make_checkpoint, run_cluster, wanted
 
+from elastic_moe.control.rebalance import load_balancer
 from elastic_moe.membership.groups import BURY_S
 
 FIRST = Death(3, "combine", nth=5)
@@ -54,6 +55,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def compiled() -> None:
+    """The balancer, before any deadline runs: on a fresh machine that takes as long as a whole case."""
+    load_balancer()
+
+
+@pytest.fixture(scope="module")
 def reference(checkpoint: Path) -> dict[tuple[int, int], torch.Tensor]:
     return wanted(checkpoint)
 
@@ -70,6 +77,8 @@ def test_crash_point(tmp_path: Path, checkpoint: Path, reference, case: str, red
 @pytest.mark.parametrize(
     "case", [c if c in REBALANCE_IN_CI else pytest.param(c, marks=pytest.mark.slow) for c in REBALANCE]
 )
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.timeout(240)
 def test_crash_point_of_a_rebalance(tmp_path: Path, checkpoint: Path, reference, case: str):
     logits, ends = run_cluster(tmp_path, checkpoint, REBALANCE[case], redundant_slots=1, rounds=2)
     check(logits, ends, reference)
@@ -126,6 +135,7 @@ def test_what_one_disk_has_wrong_is_read_from_another(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.timeout(900)
 def test_five_hundred_rebalances_with_deaths_in_between(tmp_path: Path, checkpoint: Path, reference):
     deaths = [Death(1, "dispatch", nth=600, life=life) for life in range(8)]

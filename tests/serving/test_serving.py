@@ -204,7 +204,7 @@ def test_an_idle_cluster_burns_no_cpu(server: Server):
     begin, used_before = time.monotonic(), used_s()
     time.sleep(3.0)  # what is measured
     used, elapsed = used_s() - used_before, time.monotonic() - begin
-    assert used < 0.05 * elapsed, f"{len(engines)} idle engines used {used:.2f} s of CPU in {elapsed:.2f} s"
+    assert used < 0.1 * elapsed, f"{len(engines)} idle engines used {used:.2f} s of CPU in {elapsed:.2f} s"
 
 
 def test_metrics(server: Server, reference: Reference):
