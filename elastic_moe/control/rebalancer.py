@@ -115,7 +115,7 @@ class Rebalancer:
         session = self._session
         if session is not None:
             if session.error is not None:
-                raise session.error
+                raise PeerLost(str(session.error))
             session.gate.enter(step)
 
     @property
@@ -178,7 +178,7 @@ class _Session:
         try:
             self._serve()
         except PeerLost as error:
-            self.error = error
+            self.error = error.with_traceback(None)  # its frames would hold the epoch's groups
             self._owner.wake()
 
     def _serve(self) -> None:

@@ -90,5 +90,8 @@ class StepGate:
             self._changed.notify_all()
 
     def _raise_error(self) -> None:
-        if self._error is not None:
-            raise self._error
+        error = self._error
+        if isinstance(error, PeerLost):
+            raise PeerLost(str(error))  # a new one: the frames of whoever raises it would hold the epoch's groups
+        if error is not None:
+            raise error

@@ -54,7 +54,7 @@ class StepBarrier:
                 sent.wait()
                 agreed.set_result(max([step, *(int(word) for word in words)]) + MARGIN)
             except PeerLost as error:
-                agreed.set_exception(error)
+                agreed.set_exception(error.with_traceback(None))
 
         threading.Thread(target=listen, name="step-barrier", daemon=True).start()
 

@@ -11,6 +11,7 @@ from harness import run_ranks
 
 from elastic_moe.control.step_gate import StepGate
 from elastic_moe.errors import PeerLost
+from elastic_moe.membership.channel import SeatStart
 from elastic_moe.membership.groups import EpochGroups
 from elastic_moe.membership.rendezvous import Seat, meet
 from elastic_moe.membership.step_barrier import MARGIN, StepBarrier
@@ -18,7 +19,7 @@ from elastic_moe.membership.step_barrier import MARGIN, StepBarrier
 
 def build(launch, timeout_s=20.0):
     """The store that serves the groups lives in the seat: it is returned to be kept."""
-    seat = Seat(launch)
+    seat = Seat(SeatStart(launch))
     view = meet(launch, seat.member, 30)
     groups = EpochGroups(view, launch.rank, torch.device("cpu"), timeout_s).build()
     return seat, groups, StepBarrier(groups.open("steps", timeout_s))
