@@ -23,7 +23,7 @@ from elastic_moe.membership.connections import Connections, listening_ports
 from elastic_moe.membership.view import View
 
 Parcel = tuple[torch.Tensor, int, int]
-BUILD_TIMEOUT_S = 3.0
+BUILD_TIMEOUT_S = 10.0
 """How long members of a new view wait for each other; they have all just asked for it."""
 
 
