@@ -20,10 +20,11 @@ import torch.distributed as dist
 from elastic_moe.background import end_process, start_thread
 from elastic_moe.errors import PeerLost
 from elastic_moe.membership.connections import Connections, listening_ports
+from elastic_moe.membership.epoch_store import EpochStore
 from elastic_moe.membership.view import View
 
 Parcel = tuple[torch.Tensor, int, int]
-BUILD_TIMEOUT_S = 10.0
+BUILD_TIMEOUT_S = 5.0
 """How long members of a new view wait for each other; they have all just asked for it."""
 
 
@@ -262,6 +263,7 @@ class EpochGroups:
         self._built: Future[tuple[Group, Group]] = Future()
         self._lock = threading.Lock()
         self._opened: list[Group] = []
+        self._stores: list[EpochStore] = []
         self._when_aborted: list[Callable[[], None]] = []
         self._left = False
 
@@ -329,8 +331,8 @@ class EpochGroups:
 
     def _store(self, timeout_s: float) -> dist.Store:
         """A client of the store of the view's first member, under the prefix of this epoch."""
-        host, port = self._view.members[0].store.rsplit(":", 1)
-        store = dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=timeout_s))
+        store = EpochStore(self._view.members[0].store, timeout_s)
+        self._stores.append(store)
         return dist.PrefixStore(f"elastic_moe/{self.epoch}/{self._view.digest}", store)
 
     def _connect(self) -> None:

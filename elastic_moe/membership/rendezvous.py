@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from elastic_moe.errors import PeerLost
 from elastic_moe.membership.channel import SeatStart
+from elastic_moe.membership.epoch_store import StoreServer
 from elastic_moe.membership.launch import Launch, host_of
 from elastic_moe.membership.signals import Signals
 from elastic_moe.membership.view import Member, View
@@ -21,7 +22,7 @@ class Seat:
         """`address` and `weights` are endpoints for front ends and for newcomers, if it serves them."""
         launch, host = start.launch, host_of(start.launch)
         self.signals = Signals(host, start.signals_port)
-        self.store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        self.store = StoreServer(host)
         self.member = Member(
             rank=launch.rank,
             node=launch.node,
@@ -29,7 +30,7 @@ class Seat:
             pid=os.getpid(),
             host=host,
             signals=self.signals.address,
-            store=f"{host}:{self.store.port}",
+            store=self.store.address,
             address=address,
             weights=weights,
             lighthouse=start.lighthouse,

@@ -21,7 +21,7 @@ class Member(msgspec.Struct, frozen=True):
     signals: str
     """ZMQ endpoint for words between members, for example `tcp://127.0.0.1:40123`."""
     store: str
-    """`host:port` of the TCPStore this member offers for building groups."""
+    """`host:port` of the `StoreServer` this member offers for building groups."""
     address: str = ""
     """ZMQ endpoint for front ends, of a member that serves requests."""
     weights: str = ""

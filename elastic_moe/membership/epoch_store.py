@@ -1,0 +1,149 @@
+"""Where the members of a view leave each other the addresses of a new group: each process offers one, over ZMQ.
+
+Not torch's TCPStore: that looks up the name of every peer's address, on both sides of every connection, before it
+serves it. Where the name service is slow or away that is 5 s and more for each lookup, in the middle of a recovery
+(torch 2.13, `c10d::detail::formatSockAddr`; seen here for one connection in 25).
+"""
+
+import threading
+import time
+from datetime import timedelta
+
+import msgspec
+import torch.distributed as dist
+import zmq
+
+from elastic_moe.background import end_process, start_thread
+
+KEEP_S = 120.0
+"""How long a value is kept: longer than any group may take to be built."""
+
+
+class Put(msgspec.Struct, tag="put", frozen=True):
+    """Client -> server: keep `value`."""
+
+    key: str
+    value: bytes
+
+
+class Ask(msgspec.Struct, tag="ask", frozen=True):
+    """Client -> server: answer with the values of `keys` as soon as all are there, or never after `within_s`."""
+
+    number: int
+    keys: list[str]
+    within_s: float
+
+
+class Values(msgspec.Struct, frozen=True):
+    """Server -> client: the values of `Ask` number `number`, in the order of its keys."""
+
+    number: int
+    values: list[bytes]
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode_request = msgspec.msgpack.Decoder(Put | Ask).decode
+_decode_values = msgspec.msgpack.Decoder(Values).decode
+
+
+class StoreServer:
+    """Keeps values for whoever asks; a thread of its own answers. Strangers' frames are dropped."""
+
+    def __init__(self, host: str) -> None:
+        """Bind a free port on `host` and serve until the process ends."""
+        self._router = zmq.Context.instance().socket(zmq.ROUTER)
+        self._router.bind(f"tcp://{host}:0")
+        self.address = self._router.getsockopt_string(zmq.LAST_ENDPOINT).removeprefix("tcp://")
+        """`host:port`"""
+        self._kept: dict[str, tuple[float, bytes]] = {}
+        """Key -> (time until which it is kept, value), oldest first."""
+        self._waiting: list[tuple[bytes, Ask, float]] = []
+        start_thread("store", self._serve, on_error=end_process)
+
+    def _serve(self) -> None:
+        while True:
+            client, frame = self._router.recv_multipart()[-2:]
+            now = time.monotonic()
+            try:
+                request = _decode_request(frame)
+            except msgspec.MsgspecError:
+                continue
+            if isinstance(request, Put):
+                self._kept.pop(request.key, None)
+                self._kept[request.key] = now + KEEP_S, request.value
+            else:
+                self._waiting.append((client, request, now + request.within_s))
+            self._forget(now)
+            self._waiting = [entry for entry in self._waiting if not self._answered(*entry[:2])]
+
+    def _forget(self, now: float) -> None:
+        while self._kept and (oldest := next(iter(self._kept))) and self._kept[oldest][0] < now:
+            del self._kept[oldest]
+        self._waiting = [entry for entry in self._waiting if entry[2] > now]
+
+    def _answered(self, client: bytes, ask: Ask) -> bool:
+        if not all(key in self._kept for key in ask.keys):
+            return False
+        self._router.send_multipart([client, _encode(Values(ask.number, [self._kept[key][1] for key in ask.keys]))])
+        return True
+
+
+class EpochStore(dist.Store):
+    """A client of a `StoreServer`, for `ProcessGroupGloo` and `ProcessGroupNCCL`: only what these call.
+
+    Hold it as long as they are built: they keep the C++ half, which without this one implements nothing.
+    """
+
+    def __init__(self, address: str, timeout_s: float) -> None:
+        """`address` is `StoreServer.address`; `timeout_s` is how long `get` waits for a key unless told, in seconds."""
+        super().__init__()
+        self._socket = zmq.Context.instance().socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.connect(f"tcp://{address}")
+        self._lock = threading.Lock()
+        self._timeout_s = timeout_s
+        self._number = 0
+
+    def clone(self) -> "EpochStore":
+        """Itself: the caller of C++ keeps no reference to a Python object that only it would hold."""
+        return self
+
+    def set(self, key: str, value: bytes | str) -> None:
+        """Keep `value` under `key`; a later one replaces it."""
+        with self._lock:
+            self._socket.send(_encode(Put(key, value.encode() if isinstance(value, str) else value)))
+
+    def get(self, key: str) -> bytes:
+        """The value of `key`, as soon as it is there.
+
+        Raises:
+            dist.DistStoreError: it did not come in time.
+        """
+        return self.multi_get([key])[0]
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        """The values of `keys`, as soon as all are there.
+
+        Raises:
+            dist.DistStoreError: they did not come in time.
+        """
+        return self._ask(keys, self._timeout_s)
+
+    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
+        """Return when all of `keys` are there.
+
+        Raises:
+            dist.DistStoreError: they did not come in time.
+        """
+        self._ask(keys, self._timeout_s if timeout is None else timeout.total_seconds())
+
+    def _ask(self, keys: list[str], within_s: float) -> list[bytes]:
+        with self._lock:
+            self._number += 1
+            self._socket.send(_encode(Ask(self._number, keys, within_s)))
+            deadline = time.monotonic() + within_s
+            while self._socket.poll(max(0, int((deadline - time.monotonic()) * 1000))):
+                answer = _decode_values(self._socket.recv())
+                if answer.number == self._number:
+                    return answer.values
+        raise dist.DistStoreError(f"no value of {', '.join(keys)} within {within_s} s")
