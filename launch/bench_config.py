@@ -9,6 +9,7 @@ from launch.config import CONF
 
 NAMES = tuple(sorted(file.stem for file in (CONF / "bench").glob("*.yaml")))
 MODELS = ("demo", "random")
+DEVICES = ("cpu", "cuda")
 OF_SIZE = "must be a comma list of LAYERSxEXPERTSxSLOTSxRANKS, with EXPERTS <= SLOTS, and SLOTS a multiple of RANKS"
 
 
@@ -41,6 +42,7 @@ class BenchConfig:
     traces: str = _key("", 'balance: folder of {"logical_count": [L][E]} JSON files; empty: seeded Zipf-like loads')
     sizes: str = _key("58x256x288x32", "balance: comma list of LAYERSxEXPERTSxSLOTSxRANKS")
     ranks_per_node: int = _key(8, "balance: ranks in a fault domain")
+    device: str = _key("cpu", f"rebalance: one of {', '.join(DEVICES)} (cuda: ranks may share a GPU)")
     model: str = _key("demo", f"rebalance: one of {', '.join(MODELS)} (random: some hundred MB of random experts)")
     ranks: int = _key(4, "rebalance: ranks of each server, all on this machine")
     streams: int = _key(12, "rebalance: streams at once")
@@ -52,7 +54,7 @@ class BenchConfig:
 
     rank_list: str = _key("1,2,4", "gpu_serve: comma list of numbers of ranks")
     stream_list: str = _key("1,8,32", "gpu_serve: comma list of numbers of streams at once")
-    dtype: str = _key("bfloat16", "gpu_serve, gpu_recovery: model.dtype of the servers")
+    dtype: str = _key("bfloat16", "rebalance, gpu_serve, gpu_recovery: model.dtype of the servers")
     eplb_mode: str = _key("off", "gpu_recovery: eplb.mode of the server")
 
     def rank_counts(self) -> tuple[int, ...]:
@@ -71,6 +73,7 @@ class BenchConfig:
         """Raise ValueError, naming the key and what is allowed, when a value cannot work."""
         _check(self.name in NAMES, "name", self.name, f"must be one of {', '.join(NAMES)}")
         _check(self.model in MODELS, "model", self.model, f"must be one of {', '.join(MODELS)}")
+        _check(self.device in DEVICES, "device", self.device, f"must be one of {', '.join(DEVICES)}")
         for key in ("repeats", "ranks_per_node", "streams", "half_life_steps"):
             _check(getattr(self, key) >= 1, key, getattr(self, key), "must be 1 or more")
         for key in ("ranks", "tokens"):

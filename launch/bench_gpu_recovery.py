@@ -17,7 +17,7 @@ from launch.chaos_config import ChaosRunConfig, server_overrides
 from launch.chaos_server import OwnServer
 from launch.config import load
 
-KINDS = "kill,kill_two,kill_in_recovery"
+KINDS = "calm,kill,kill_two,kill_in_recovery"
 
 
 def run(config: BenchConfig) -> Iterator[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """bench=rebalance: what the load balancer costs those who stream, and how soon it follows a shift of the load.
 
-One server of CPU ranks for each `eplb.mode`, all up at once (about 540 MiB a rank), one at a time under load: `streams`
+One server for each `eplb.mode`, all up at once (on CPUs about 540 MiB a rank), one at a time under load: `streams`
 greedy streams about the King James Bible, and when they have ended as many about Python and Debian. Rounds alternate
 over the modes, each beginning with another one; the first requests, short ones, are not counted. Progress goes to
 standard error. `rebalance_summary.py` says what the figures are.
@@ -24,13 +24,15 @@ from elastic_moe.placement.balancedness import balancedness
 from launch.bench_config import BenchConfig
 from launch.chaos_load import PROMPTS, Ask, Load
 from launch.chaos_server import START_TIMEOUT_S, OwnServer, Target
-from launch.random_model import make_random_model
+from launch.random_model import GPU_SHAPE, SHAPE, make_random_model
 from launch.rebalance_summary import MODES, Window, summary
 
 NUM_SCRIPTURE = 12
 """The first of PROMPTS are of scripture, the others of Python and Debian."""
 WARM_UP_TOKENS = 4
 POLL_S = 0.1
+ON_GPU = ("exchange.kind=symmetric", "eplb.link_gb_per_s=100", "eplb.mb_per_step=64", "elastic.hang_timeout_s=60")
+"""Experts go from memory to memory of a GPU, or over NVLink."""
 
 
 def run(config: BenchConfig) -> Iterator[dict[str, Any]]:
@@ -55,13 +57,16 @@ def run(config: BenchConfig) -> Iterator[dict[str, Any]]:
 def _overrides(config: BenchConfig, stack: ExitStack) -> list[str]:
     """What the servers are told, but for the mode."""
     chosen = ["model=demo"]
+    on_gpu = config.device == "cuda"
     if config.model == "random":
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="random-model-")))
-        make_random_model(folder, config.seed)
-        chosen = ["model=hf", f"model.path={folder}", "model.name=random", "model.dtype=float32"]
+        make_random_model(folder, config.seed, GPU_SHAPE if on_gpu else SHAPE)
+        chosen = ["model=hf", f"model.path={folder}", "model.name=random"]
     return [
         *chosen,
-        "model.device=cpu",
+        f"model.device={config.device}",
+        f"model.dtype={config.dtype}",
+        *(ON_GPU if on_gpu else ()),
         "server.port=0",
         "log_level=warning",
         f"elastic.redundant_slots={config.redundant_slots}",

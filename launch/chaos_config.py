@@ -7,7 +7,7 @@ from typing import Any
 from elastic_moe.config import ServeConfig, describe
 from launch.config import load
 
-KINDS = ("kill", "stop", "term", "kill_two", "kill_in_recovery", "corrupt", "kill_node")
+KINDS = ("kill", "stop", "term", "kill_two", "kill_in_recovery", "corrupt", "kill_node", "calm")
 PAIRS = ("kill_two", "kill_in_recovery")
 """Kinds with two victims."""
 OF_NODES = ("corrupt", "kill_node")

@@ -61,6 +61,8 @@ def schedule(seed: int, count: int, kinds: Sequence[str], node_of_rank: Sequence
     faults = []
     for kind in order[:count] + end:
         victims = rng.sample(ranks, 2 if kind in PAIRS else 1)
+        if kind == "calm":
+            victims = []
         if kind == "kill_node":
             victims = [rank for rank in ranks if node_of_rank[rank] == max(node_of_rank)]
         after, delay_s = rng.uniform(*AFTER), rng.uniform(*DELAY_S)
@@ -76,7 +78,7 @@ async def fire(fault: Fault, engines: Mapping[int, psutil.Process], node: Sequen
         engines: the engine processes by rank.
         node: the process tree that kill_node kills.
     """
-    number = SIGNALS.get(fault.kind, signal.SIGKILL)
+    number = SIGNALS.get(fault.kind, signal.SIGKILL)  # calm has nobody to send it to
     targets = list(node) if fault.kind == "kill_node" else [engines[rank] for rank in fault.ranks]
     victims, at = [], time.time()
     for i, process in enumerate(targets):

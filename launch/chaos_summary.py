@@ -97,6 +97,7 @@ def summary(rounds: Sequence[Round], wanted: Sequence[Answer], planned: int) -> 
         wanted: the answers of the undisturbed run.
         planned: faults that were to come.
     """
+    kinds = sorted({one.fault.kind for one in rounds})
     verdicts = Counter(compare(w, a) for one in rounds for w, a in zip(wanted, one.answers, strict=True))
     gaps = [gap * 1e3 for one in rounds for gap in gaps_s(one.answers)]
     phases: dict[str, list[float]] = {phase: [] for phase in PHASES}
@@ -107,11 +108,19 @@ def summary(rounds: Sequence[Round], wanted: Sequence[Answer], planned: int) -> 
     num_bytes: Counter[str] = Counter()
     for report in by_epoch.values():
         num_bytes.update(report["bytes_by_source"])
-    kinds = sorted({one.fault.kind for one in rounds})
     return {
         "requests": verdicts.total(),
         "finished": verdicts.total() - verdicts[Verdict.UNFINISHED],
         "mismatched": verdicts[Verdict.MISMATCHED],
+        "mismatched_by_kind": {
+            kind: sum(
+                compare(w, a) is Verdict.MISMATCHED
+                for one in rounds
+                if one.fault.kind == kind
+                for w, a in zip(wanted, one.answers, strict=True)
+            )
+            for kind in kinds
+        },
         "duplicated": verdicts[Verdict.DUPLICATED],
         "lost": verdicts[Verdict.LOST],
         "faults": {

@@ -4,6 +4,8 @@ Every rank runs the same work in forked processes (`harness` has torch loaded in
 a tiny model, each on tokens of its own, each result to a file, so that a rank that died goes on after its last one.
 """
 
+import faulthandler
+import logging
 import multiprocessing
 import os
 import signal
@@ -195,10 +197,12 @@ def run_cluster(
     deadline_s: float = DEADLINE_S,
     rounds: int = 0,
     respawn_s: float = RESPAWN_S,
+    work: Callable[..., None] | None = None,
 ) -> tuple[dict[tuple[int, int], torch.Tensor], list[dict[str, Any]]]:
     """Run the work on `WORLD` ranks that die as told, each started again. The logits, and each rank's last word.
 
-    Between the steps the load balancer ends `rounds` rounds, under forwards whose results nobody keeps.
+    Between the steps the load balancer ends `rounds` rounds, under forwards whose results nobody keeps. `work` is what
+    a rank does instead of `_work`, with the same arguments and the same files in the end.
     """
     lighthouse = LighthouseServer(
         bind="127.0.0.1:0",
@@ -209,7 +213,8 @@ def run_cluster(
     )
     url = f"http://127.0.0.1:{lighthouse.address().rsplit(':', 1)[1]}"
     try:
-        return _Seats(folder, checkpoint, deaths, redundant_slots, rounds, url, respawn_s).run(deadline_s)
+        args = (folder, checkpoint, tuple(deaths), redundant_slots, rounds)
+        return _Seats(work or _work, args, url, respawn_s).run(deadline_s)
     finally:
         lighthouse.shutdown()
 
@@ -217,19 +222,11 @@ def run_cluster(
 class _Seats:
     """The supervisors of all ranks in one."""
 
-    def __init__(
-        self,
-        folder: Path,
-        checkpoint: Path,
-        deaths: Sequence[Death],
-        redundant_slots: int,
-        rounds: int,
-        lighthouse: str,
-        respawn_s: float,
-    ) -> None:
-        self._folder, self._lighthouse, self._respawn_s = folder, lighthouse, respawn_s
+    def __init__(self, work: Callable[..., None], args: tuple[Any, ...], lighthouse: str, respawn_s: float) -> None:
+        self._work, self._args = work, args
+        self._folder, _, deaths, _, _ = args
+        self._lighthouse, self._respawn_s = lighthouse, respawn_s
         self._due: dict[int, float] = {}
-        self._args = (folder, checkpoint, tuple(deaths), redundant_slots, rounds)
         self._deaths = sum(death.point not in LIES for death in deaths)
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([*PRELOAD, "elastic_harness"])
@@ -271,7 +268,9 @@ class _Seats:
     def _start(self, rank: int, rejoin: View | None) -> Any:
         launch = Launch(rank, WORLD, rank, WORLD, 0, f"127.0.0.1:{self._store.port}")
         start = SeatStart(launch, self._lighthouse if rank == 0 else "", self._ports[rank], rejoin)
-        process = self._context.Process(target=_work, args=(msgspec.json.encode(start), self._lives[rank], *self._args))
+        process = self._context.Process(
+            target=self._work, args=(msgspec.json.encode(start), self._lives[rank], *self._args)
+        )
         process.daemon = True
         process.start()
         return process
@@ -324,48 +323,32 @@ def usage_of(process: psutil.Process) -> tuple[float, int, int, int]:
     return time.monotonic(), process.memory_info().rss, process.num_fds(), process.num_threads()
 
 
-def _work(
-    start: bytes, life: int, folder: Path, checkpoint: Path, deaths: Sequence[Death], redundant_slots: int, rounds: int
-) -> None:
-    import faulthandler
-    import logging
-
+def begin_life(start: bytes, life: int, folder: Path) -> SeatStart:
+    """Who this process is; what it says goes to a file."""
     seat = msgspec.json.decode(start, type=SeatStart)
-    rank = seat.launch.rank
-    log = os.open(folder / f"log-{rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    log = os.open(folder / f"log-{seat.launch.rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     logging.basicConfig(level="DEBUG", stream=sys.stderr, format=f"%(asctime)s life {life} %(name)s %(message)s")
     faulthandler.register(signal.SIGUSR1, file=sys.__stderr__, all_threads=True)
     torch.set_num_threads(1)
-    mine = [death for death in deaths if (death.rank, death.life) == (rank, life)]
-    for death in mine:
-        set_trap(death)
-    eplb = EplbConfig(mode="async" if rounds else "off", half_life_steps=2, interval_s=0.2, mb_per_step=0.001)
-    runtime = ElasticRuntime.join(seat, device=torch.device("cpu"), exchange_timeout_s=30, eplb=eplb)
+    return seat
 
-    process, usage, moved = psutil.Process(), [], 0
+
+def tell_views(runtime: ElasticRuntime, folder: Path, seen: Callable[[], object]) -> None:
+    """Write each view for the supervisor, after `seen`, the first one now if there is one."""
 
     def tell(view: View) -> None:
-        usage.append(usage_of(process))
-        _write(folder / f"view-{rank}", lambda part: part.write_bytes(msgspec.json.encode(view)))
+        seen()
+        _write(folder / f"view-{runtime.rank}", lambda part: part.write_bytes(msgspec.json.encode(view)))
 
-    if seat.rejoin is None:
+    if runtime.view.has(runtime.rank, runtime.seat.member.incarnation):
         tell(runtime.view)
     runtime.on_view.append(tell)
-    model = elasticize(
-        meta_model(checkpoint, torch.float32), runtime, checkpoint=checkpoint, redundant_slots=redundant_slots
-    )
-    with torch.inference_mode():
-        for step in range(STEPS):
-            if not _path(folder, rank, step).exists():
-                logits = runtime.run(lambda step=step: model(tokens_of(rank, step)).logits)
-                if any(death.point == "between" and death.nth == step for death in mine):
-                    die()
-                _write(_path(folder, rank, step), lambda part, logits=logits: torch.save(logits, part))
-            for number in range(rounds):
-                moved += rebalance(runtime, lambda at=step * rounds + number: model(tokens_of(rank, STEPS + at)))
-                usage.append(usage_of(process))
+
+
+def end_life(runtime: ElasticRuntime, folder: Path, **more: Any) -> None:
+    """Wait for the others, write the last word, and be gone."""
     runtime.finish()
     store = runtime.store
     end = {
@@ -379,8 +362,36 @@ def _work(
             if digest(store.tensors(layer, slot)) != store.digests[layer, store.held[layer, slot]]
         ],
         "epoch": runtime.epoch,
-        "usage": usage,
-        "moved": moved,
     }
-    torch.save(end, folder / f"end-{rank}")
+    torch.save(end | more, folder / f"end-{runtime.rank}")
     os._exit(0)
+
+
+def _work(
+    start: bytes, life: int, folder: Path, checkpoint: Path, deaths: Sequence[Death], redundant_slots: int, rounds: int
+) -> None:
+    seat = begin_life(start, life, folder)
+    rank = seat.launch.rank
+    mine = [death for death in deaths if (death.rank, death.life) == (rank, life)]
+    for death in mine:
+        set_trap(death)
+    eplb = EplbConfig(mode="async" if rounds else "off", half_life_steps=2, interval_s=0.2, mb_per_step=0.001)
+    runtime = ElasticRuntime.join(seat, device=torch.device("cpu"), exchange_timeout_s=30, eplb=eplb)
+
+    process, usage, moved = psutil.Process(), [], 0
+
+    tell_views(runtime, folder, lambda: usage.append(usage_of(process)))
+    model = elasticize(
+        meta_model(checkpoint, torch.float32), runtime, checkpoint=checkpoint, redundant_slots=redundant_slots
+    )
+    with torch.inference_mode():
+        for step in range(STEPS):
+            if not _path(folder, rank, step).exists():
+                logits = runtime.run(lambda step=step: model(tokens_of(rank, step)).logits)
+                if any(death.point == "between" and death.nth == step for death in mine):
+                    die()
+                _write(_path(folder, rank, step), lambda part, logits=logits: torch.save(logits, part))
+            for number in range(rounds):
+                moved += rebalance(runtime, lambda at=step * rounds + number: model(tokens_of(rank, STEPS + at)))
+                usage.append(usage_of(process))
+    end_life(runtime, folder, usage=usage, moved=moved)

@@ -17,6 +17,9 @@ _ACTIVATIONS = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu_tanh
 """By the class of `act_fn`; of torch and transformers."""
 
 
+_MULTIPLES = {torch.bfloat16: 128, torch.float32: 64}
+"""What D and I have to be multiples of."""
+
 _ROW_TILES_TOGETHER = 16
 """Row tiles of a slot that go through its columns together: what they read then stays in the L2 cache."""
 
@@ -43,8 +46,8 @@ class FusedExperts:
     """Gated experts without bias: down(act(gate(x)) * up(x)).
 
     Attributes:
-        gate_up: [S, 2 * I, D] bfloat16, the gate's rows before the up projection's.
-        down: [S, D, I] bfloat16.
+        gate_up: [S, 2 * I, D] bfloat16 or float32, the gate's rows before the up projection's.
+        down: [S, D, I], the same.
         activation: of the gate, "silu" or "gelu_tanh".
     """
 
@@ -56,7 +59,7 @@ class FusedExperts:
         """Each row by the expert of its slot.
 
         Args:
-            rows: [M, D] bfloat16, grouped by slot.
+            rows: [M, D] in the dtype of the weights, grouped by slot.
             offsets: int32 [S], the end of each slot's rows; rows past the last are neither read nor written.
 
         Returns:
@@ -73,7 +76,7 @@ class FusedExperts:
         """The whole layer of one rank: sort by slot, experts, weighted sum in float32 in the order of K.
 
         Args:
-            hidden: [T, D] bfloat16 tokens.
+            hidden: [T, D] tokens in the dtype of the weights.
             slots: integer [T, K]; anything outside 0..S-1 means "none" and adds nothing.
             weights: [T, K], any floating dtype.
 
@@ -110,8 +113,9 @@ class FusedExperts:
 def fused_experts(template: Any, gate_up: torch.Tensor, down: torch.Tensor) -> FusedExperts | None:
     """The fused form of a transformers experts module, or None where it has none here.
 
-    It has one for gated experts with the default gate, [S, 2 * I, D] and [S, D, I] weights, no bias and no norm, in
-    bfloat16 on a Hopper GPU with Triton, and D and I multiples of 128.
+    It has one for gated experts with the default gate, [S, 2 * I, D] and [S, D, I] weights, no bias and no norm, on a
+    Hopper GPU with Triton: in bfloat16 with D and I multiples of 128, in float32 (for tests of the rest: not fast, no
+    tf32) of 64.
 
     Args:
         template: the module, for its flags and activation.
@@ -134,13 +138,15 @@ def has_post_expert_norm(template: Any) -> bool:
     return getattr(template, "has_post_expert_norm", False)
 
 
-def choose_tile(num_rows: int, num_slots: int, columns: int) -> Tile:
+def choose_tile(num_rows: int, num_slots: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> Tile:
     """The tile for M rows (padding included) over S slots, measured on an H200: docs/performance.md.
 
     Few rows per slot leave the reading of weights as the only cost: narrow tiles, many programs. From about 8 rows
     on the specialized kernel is as fast or faster, and pays nothing for rows that are padding.
     """
     rows_per_slot = num_rows / num_slots
+    if dtype == torch.float32:
+        return Tile(16, 64, 64, 2, specialized=False)
     if rows_per_slot <= 8:
         return Tile(16, 128, 128, 3, specialized=False)
     if rows_per_slot <= 128 or columns % 256:
@@ -202,7 +208,7 @@ def _grouped_gemm(
     num_rows = out.shape[0]
     if not num_rows:
         return
-    tile = choose_tile(num_rows, num_slots, columns)
+    tile = choose_tile(num_rows, num_slots, columns, weight.dtype)
     num_tiles = min(num_rows, num_rows // tile.rows + num_slots) * (columns // tile.columns)
     kernels = _kernels()
     settings: dict[str, Any] = {"BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "STAGES": tile.stages}
@@ -262,8 +268,9 @@ def _kernels() -> Any:
 
 
 def _fits(weight: torch.Tensor) -> bool:
-    aligned = weight.data_ptr() % 16 == 0 and all(size % 128 == 0 for size in weight.shape[1:])
-    return weight.dtype == torch.bfloat16 and weight.is_contiguous() and aligned
+    multiple = _MULTIPLES.get(weight.dtype)
+    aligned = weight.data_ptr() % 16 == 0 and weight.is_contiguous()
+    return multiple is not None and aligned and all(size % multiple == 0 for size in weight.shape[1:])
 
 
 def _is_hopper(device: torch.device) -> bool:

@@ -72,7 +72,16 @@ class SlotExperts(nn.Module):
     def fused(self, rows: torch.Tensor) -> FusedExperts | None:
         """The kernels that compute these experts for rows like `rows` without gradients, where there are such."""
         trains = torch.is_grad_enabled() and (rows.requires_grad or any(p.requires_grad for p in self.parameters()))
-        if trains or not rows.is_cuda or rows.dtype != torch.bfloat16 or not self.template.has_gate:
+        return None if trains or rows.dtype != self.get_parameter("down_proj").dtype else self._fused()
+
+    @property
+    def is_capturable(self) -> bool:
+        """Whether `forward` never waits for the GPU, so that a CUDA graph may hold it."""
+        first = self.get_parameter(self._first)
+        return self._fused() is not None or (first.is_cuda and _has_kernel(first, first))
+
+    def _fused(self) -> FusedExperts | None:
+        if not self.template.has_gate or not self.get_parameter("down_proj").is_cuda:
             return None
         return fused_experts(self.template, self.get_parameter("gate_up_proj"), self.get_parameter("down_proj"))
 

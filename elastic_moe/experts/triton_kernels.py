@@ -135,7 +135,7 @@ def grouped_gemm(
         w_tile = w_ptr + slot.to(tl.int64) * N * K + row_of_w[:, None] * K + depth[None, :]
         acc = tl.zeros((BN, BM), tl.float32)
         for k in tl.range(0, K, BK, num_stages=STAGES):
-            acc = tl.dot(tl.load(w_tile + k), tl.load(x_tile + k).T, acc)
+            acc = tl.dot(tl.load(w_tile + k), tl.load(x_tile + k).T, acc, input_precision="ieee")
         if ACTIVATION is None:
             WIDTH: tl.constexpr = BN
             out = acc.T

@@ -165,6 +165,11 @@ class Batcher:
         """Publish the tokens of the last forward."""
         self._processor.update_batch()
 
+    @property
+    def num_captures(self) -> int:
+        """CUDA graphs captured since the start, those that were captured anew included."""
+        return self._runner.num_captures
+
     def forget_graphs(self) -> None:
         """Capture anew: weights or buffers have moved."""
         self._runner.forget_graphs()

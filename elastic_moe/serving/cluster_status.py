@@ -28,6 +28,7 @@ class MemberStatus(msgspec.Struct, frozen=True):
     placement_hash: str = ""
     num_experts: int = 0
     slots: list[list[int]] = []
+    cuda_graphs: int = 0
 
     @classmethod
     def of(cls, member: Member, report: Status | None, phase: str) -> "MemberStatus":

@@ -65,7 +65,8 @@ class Engine:
         self.runtime.signals.on(Wake, self._be_woken)
         self._mailbox.start(self.runtime.fail)
         self._model = self._load(model)
-        captures = symmetric and config.serving.cuda_graphs and self._model.dtype == torch.bfloat16
+        captures = symmetric and config.serving.cuda_graphs
+        captures = captures and all(experts.is_capturable for experts in self.runtime.store.layers)
         self._batcher = Batcher(
             self._model,
             config.serving,
@@ -265,6 +266,7 @@ class Engine:
             tokens_generated=batcher.tokens_generated,
             memory_bytes=torch.cuda.memory_allocated(runtime.device) if cuda else self._process.memory_info().rss,
             load_seconds=self._load_seconds,
+            cuda_graphs=batcher.num_captures,
         )
 
 

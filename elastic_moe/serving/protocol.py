@@ -106,6 +106,8 @@ class Status(msgspec.Struct, tag="status", frozen=True):
     """Resident memory of the process (CPU) or allocated device memory (GPU)."""
     load_seconds: float = 0.0
     reason: str = ""
+    cuda_graphs: int = 0
+    """Captured since the start, those that were captured anew included."""
 
 
 class Event(msgspec.Struct, tag="event", frozen=True):

@@ -41,6 +41,8 @@ class SeededRunner(ModelRunner):
         self._scores: torch.Tensor | None = None
         self._captured: torch.Tensor | None = None
         self._scores_of_graph: dict[Any, torch.Tensor] = {}
+        self.num_captures = 0
+        """Graphs made since the start."""
 
     def compute_batch(self, model: nn.Module, batch_data: dict[str, Any]) -> None:
         """Run the model, by a graph if there is one for this shape, and pick the tokens."""
@@ -48,7 +50,8 @@ class SeededRunner(ModelRunner):
         super().compute_batch(model, batch_data)
         if self._captured is not None:
             self._scores_of_graph[self._ios.get_graph()] = self._captured
-            log.info("captured graph number %d, of %d tokens", len(self._scores_of_graph), self._ios.num_q_tokens)
+            self.num_captures += 1
+            log.info("captured graph number %d, of %d tokens", self.num_captures, self._ios.num_q_tokens)
         scores = self._scores if self._scores is not None else self._scores_of_graph[self._ios.get_graph()]
         stream = self._ios.compute_stream
         with nullcontext() if stream is None else torch.cuda.stream(stream):

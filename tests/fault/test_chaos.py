@@ -31,15 +31,14 @@ def test_the_schedule_and_the_load_are_functions_of_the_seed():
 def test_what_a_schedule_holds(seed: int):
     faults = schedule(seed, 12, KINDS, TWO_NODES)
     again = sorted(set(KINDS) - {"kill_node"})
-    assert sorted(f.kind for f in faults[:6]) == again
-    assert set(f.kind for f in faults[6:11]) < set(again)
+    assert sorted(f.kind for f in faults[:7]) == again
+    assert set(f.kind for f in faults[7:11]) < set(again)
     assert faults[11].kind == "kill_node"
     assert [f.kind for f in schedule(seed, 5, ["kill_node"], TWO_NODES)] == ["kill_node"]
     for fault in faults:
         assert AFTER[0] <= fault.after <= AFTER[1]
-        assert (
-            len(set(fault.ranks)) == len(fault.ranks) == (1 if fault.kind in ("kill", "stop", "term", "corrupt") else 2)
-        )
+        victims = {"calm": 0, "kill_two": 2, "kill_in_recovery": 2, "kill_node": 2}.get(fault.kind, 1)
+        assert len(set(fault.ranks)) == len(fault.ranks) == victims
         assert fault.delay_s == 0 or fault.kind == "kill_in_recovery"
         assert fault.kind != "kill_node" or fault.ranks == (2, 3)
     asks = make_asks(seed, 8)

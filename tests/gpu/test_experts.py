@@ -131,6 +131,27 @@ def test_layer_of_one_rank(hidden, inner, num_experts, top_k, num_tokens):
 
 
 @hopper
+@pytest.mark.parametrize("num_tokens", [1, 300])
+def test_float32_is_exact_and_leaves_its_counts_on_the_device(num_tokens):
+    torch.manual_seed(6)
+    module = build("qwen3_moe", 192, 128, 16).float()
+    experts = with_slots(module)
+    assert experts.is_capturable
+    tokens = torch.randn((num_tokens, 192), device=CUDA)
+    slots = torch.randint(16, (num_tokens, 1), device=CUDA)
+    fused = experts.fused(tokens)
+    assert fused is not None
+    graph = torch.cuda.CUDAGraph()
+    one = torch.ones((num_tokens, 1), device=CUDA)
+    fused.compute_routed(tokens, slots, one)
+    with torch.cuda.graph(graph):
+        got = fused.compute_routed(tokens, slots, one)
+    graph.replay()
+    wanted = reference(module, tokens, slots[:, 0])
+    assert (got.double() - wanted).norm() <= 1e-6 * wanted.norm()
+
+
+@hopper
 @pytest.mark.parametrize("rows_per_slot", [2, 10, 40, 200])
 def test_graph_replays_with_other_groups_tokens_and_weights(rows_per_slot):
     torch.manual_seed(2)
