@@ -3,7 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -11,6 +11,7 @@ from elastic_moe.background import Latch
 from elastic_moe.config import EplbConfig, ExchangeConfig
 from elastic_moe.control import lockstep
 from elastic_moe.control.hooks import Hooks
+from elastic_moe.control.idle import IdleForward, IdleLayer
 from elastic_moe.control.rebalance import load_balancer
 from elastic_moe.control.rebalancer import Rebalancer
 from elastic_moe.control.recovery import Recovery
@@ -40,18 +41,10 @@ log = logging.getLogger("elastic_moe.runtime")
 Result = TypeVar("Result")
 
 
-class IdleLayer(Protocol):
-    """What the runtime needs to know of an ElasticMoELayer."""
-
-    def join_idle(self) -> None:
-        """Take part in this layer's exchange with no tokens."""
-
-
 class ElasticRuntime:
     """One rank's part of the group.
 
-    Build it with `ElasticRuntime.join(...)`, place the experts (`elasticize` does), then run forwards with
-    `runtime.run(forward)`. All ranks run the same sequence of collective calls.
+    Build it with `join`, place the experts (`elasticize` does), then `run` forwards. All ranks call the same in order.
 
     Attributes:
         on_rank_lost, on_rank_joined: called with (rank,) after the recovery that found it, on every other rank.
@@ -92,6 +85,7 @@ class ElasticRuntime:
         """Called, in another thread, when the group is about to change: a rank that sleeps outside must come."""
         self.layers: Sequence[IdleLayer] = []
         """The ElasticMoELayer modules in their order; `elasticize` sets it."""
+        self.idle = IdleForward()
         self.signals = seat.signals
         self._latch = Latch()
         self._exchange_timeout_s = exchange_timeout_s
@@ -103,9 +97,7 @@ class ElasticRuntime:
         self._membership = Membership(seat.member, lighthouses or view.lighthouses, self.fail)
         self._epoch = CurrentEpoch(seat.member, view, seat.signals, self._membership, lambda: self.on_change())
         self._registry: PlacementRegistry | None = None
-        self.exchanges = exchanges_of(
-            self._exchange_config, seat.member, topology.num_ranks, device, exchange_timeout_s
-        )
+        self.exchanges = exchanges_of(exchange, seat.member, topology.num_ranks, device, exchange_timeout_s)
         self._exchange: TokenExchange | None = None
         self._load_counter: LoadCounter | None = None
         self._rebalancer: Rebalancer | None = None
@@ -329,9 +321,17 @@ class ElasticRuntime:
         Raises:
             PeerLost: a peer died, left, or missed the deadline.
         """
-        with torch.no_grad(), self.step():
-            for layer in self.layers:
-                layer.join_idle()
+        with self.step():
+            self.idle(self.layers, self.registry.placement.slots_per_rank)
+
+    def rehearse(self, act: Callable[[], None]) -> None:
+        """Run `act`, forwards that reach nobody and count for nothing: kernels are loaded and CUDA graphs made before
+        they are needed. Where `exchanges.can_rehearse`; while no peer waits for this rank."""
+        with (
+            self.load_counter.stopped(),
+            self.exchanges.muted(self.registry.placement.slots_per_rank) as self._exchange,
+        ):
+            act()
 
     @property
     def change_is_wanted(self) -> bool:

@@ -37,6 +37,10 @@ class ScriptSupervisor(RankSupervisor):
         """See the base."""
         self._done = self._done or isinstance(event.message, Ready)
 
+    def is_loss(self) -> bool:
+        """See the base."""
+        return not self._done
+
     def on_exit(self, code: int) -> int | None:
         """See the base; 128 + N for a script that signal N killed, as in a shell."""
         if self._done and code < 0:

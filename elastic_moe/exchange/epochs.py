@@ -2,6 +2,7 @@
 
 import logging
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,13 @@ class TokenShape:
 class Exchanges(ABC):
     """Opens the exchange of each epoch."""
 
+    can_rehearse = False
+    """Whether there is `muted`."""
+
+    def muted(self, slots_per_rank: int) -> AbstractContextManager[TokenExchange]:
+        """An exchange whose calls reach nobody and return garbage; in an epoch or before the first."""
+        raise NotImplementedError
+
     def reserve(self, max_slots: int, tokens: TokenShape) -> None:  # noqa: B027 - most take what they need as they go
         """Take what all epochs need, for at most `max_slots` slots on a rank. Before the first `enter`.
 
@@ -59,6 +67,8 @@ class CollectiveExchanges(Exchanges):
 
 class SymmetricExchanges(Exchanges):
     """One exchange, reserved once, that goes from epoch to epoch."""
+
+    can_rehearse = True
 
     def __init__(
         self, config: ExchangeConfig, me: Member, num_seats: int, device: torch.device, timeout_s: float
@@ -93,11 +103,13 @@ class SymmetricExchanges(Exchanges):
             fp8=self._config.fp8,
         )
 
+    def muted(self, slots_per_rank: int) -> AbstractContextManager[TokenExchange]:
+        """See `Exchanges.muted`."""
+        return self._reserved().muted(slots_per_rank)
+
     def enter(self, view: View, groups: EpochGroups, slots_per_rank: int) -> TokenExchange:
         """See `Exchanges.enter`."""
-        exchange = self._exchange
-        if exchange is None:
-            raise ValueError("exchange.kind=symmetric: memory must be reserved before experts are placed, see reserve")
+        exchange = self._reserved()
         try:
             exchange.enter(view, slots_per_rank, groups.control.barrier)
         except PeerLost as error:
@@ -105,6 +117,11 @@ class SymmetricExchanges(Exchanges):
             groups.abort()  # so the next handshake says so too, and this rank recovers again
         groups.when_aborted(lambda: exchange.abort(view.epoch))
         return exchange
+
+    def _reserved(self) -> "SymmetricExchange":
+        if self._exchange is None:
+            raise ValueError("exchange.kind=symmetric: memory must be reserved before experts are placed, see reserve")
+        return self._exchange
 
     def close(self) -> None:
         """See `Exchanges.close`."""

@@ -5,7 +5,8 @@ joins, for all that changes then (who is alive, where a newcomer's buffer is) is
 place. Not differentiable.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,9 +118,7 @@ class SymmetricExchange(TokenExchange):
         torch.cuda.synchronize(self._device)
         self._shut_out(view)
         self._memory.connect({m.rank: _name(m.incarnation) for m in view.members}, self._timeout_s)
-        if slots_per_rank != self._slots_per_rank:
-            self._slots_per_rank = slots_per_rank
-            self._compile()
+        self._use_slots(slots_per_rank)
         torch.cuda.synchronize(self._device)
         barrier()
         self._epoch = view.epoch
@@ -129,6 +128,19 @@ class SymmetricExchange(TokenExchange):
         state[ALIVE] = sum(1 << rank for rank in view.ranks)
         state[ABORT] = self._word.data_ptr()
         self._state.copy_(torch.tensor(state))
+
+    @contextlib.contextmanager
+    def muted(self, slots_per_rank: int) -> Iterator["SymmetricExchange"]:
+        """Calls in here reach nobody and return garbage; a graph that is captured is good afterwards. While no peer
+        waits for this rank, in an epoch or before the first."""
+        state = self._state.clone()
+        self._state[ERROR] = LEFT
+        try:
+            self._use_slots(slots_per_rank)
+            yield self
+        finally:
+            torch.cuda.synchronize(self._device)
+            self._state.copy_(state)
 
     def agree_on_tokens(self, num_tokens: int) -> None:
         """No rank dispatches more than `num_tokens` in a call from now on; all ranks say the same. Makes M smaller.
@@ -278,8 +290,11 @@ class SymmetricExchange(TokenExchange):
             **self._row_settings(),
         )
 
-    def _compile(self) -> None:
-        """Run every kernel once outside of any epoch: nothing is sent, and peers need not wait for a compiler."""
+    def _use_slots(self, slots_per_rank: int) -> None:
+        """Run every kernel once, outside of any epoch: nothing is sent, and peers need not wait for a compiler."""
+        if slots_per_rank == self._slots_per_rank:
+            return
+        self._slots_per_rank = slots_per_rank
         layout = self._layout
         hidden = torch.zeros((1, layout.hidden_size), dtype=self._dtype, device=self._device)
         slots = torch.full((1, layout.top_k), -1, device=self._device)

@@ -233,7 +233,7 @@ def _multiply(
         turn += 1
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["num_slots"])
 def grouped_gemm(
     x_ptr,
     x_desc,

@@ -27,7 +27,7 @@ def _slots_of(slots_ptr, pairs, num_pairs, num_slots):
     return tl.where((slots < 0) | (slots > num_slots), num_slots, slots)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs", "num_slots"])
 def count_pairs(slots_ptr, counts_ptr, num_pairs, num_slots, BLOCK: tl.constexpr, S_PAD: tl.constexpr):
     """counts[block, slot]: how many of this block's pairs go to each slot."""
     block = tl.program_id(0)
@@ -35,7 +35,7 @@ def count_pairs(slots_ptr, counts_ptr, num_pairs, num_slots, BLOCK: tl.constexpr
     tl.store(counts_ptr + block * S_PAD + tl.arange(0, S_PAD), tl.histogram(slots, S_PAD))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs", "num_slots", "num_blocks"])
 def place_pairs(
     slots_ptr,
     counts_ptr,
@@ -78,7 +78,7 @@ def place_pairs(
         start += tl.histogram(slots, S_PAD)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots"])
 def grouped_gemm(
     x_ptr,
     w_ptr,
@@ -148,7 +148,7 @@ def grouped_gemm(
         tl.store(pointers, out.to(out_ptr.dtype.element_ty), mask=inside[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots"])
 def combine_pairs(
     results_ptr, row_ptr, offsets_ptr, weights_ptr, out_ptr, num_slots, D, TOP_K: tl.constexpr, BLOCK: tl.constexpr
 ):

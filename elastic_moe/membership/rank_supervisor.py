@@ -82,6 +82,10 @@ class RankSupervisor:
         if event.child == LIGHTHOUSE:
             self._start_lighthouse()
 
+    def is_loss(self) -> bool:
+        """Whether the others lose a member when the process ends now."""
+        return True
+
     def on_exit(self, code: int) -> int | None:
         """The process has ended. Returns the exit code if that is the end of this rank, else it is started again."""
         if self._refused and self._view is None:
@@ -101,20 +105,25 @@ class RankSupervisor:
         if event is not None:
             if not event.child:
                 return 0
-            if event.code is None:
+            if event.dying:
+                if event.child == SEAT and self.is_loss():
+                    self._announce_death()
+            elif event.code is None:
                 self._hear(event, now)
             elif event.child != SEAT:
                 self.on_end(event)
-            elif (code := self.on_exit(event.code)) is not None:
+            elif (code := self._replace(event.code, now)) is not None:
                 return code
-            else:
-                self._announce_death()
-                if not self._plan_respawn(event.code, now) and (code := self.on_given_up()) is not None:
-                    return code
         if self._respawn_at is not None and now >= self._respawn_at:
             self._start_process()
         self._watch(now)
         return None
+
+    def _replace(self, code: int, now: float) -> int | None:
+        """The process has ended with `code`. Returns the exit code if that is the end of this rank."""
+        if (end := self.on_exit(code)) is not None:
+            return end
+        return None if self._plan_respawn(code, now) else self.on_given_up()
 
     def _hear(self, event: Event, now: float) -> None:
         match event.message:

@@ -1,6 +1,9 @@
 """How many tokens each expert gets: counted on the device, kept as a window of the recent past on the host."""
 
+import contextlib
 import json
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,7 @@ class LoadCounter:
     def __init__(self, num_layers: int, num_experts: int, device: torch.device) -> None:
         self._counts = torch.zeros((num_layers, num_experts + 1), dtype=torch.int64, device=device)
         self._one = torch.ones(1, dtype=torch.int64, device=device)
+        self._lock = threading.Lock()
 
     def count(self, layer: int, top_k_index: torch.Tensor) -> None:
         """Add the choices of a router: int64 [T, K] logical experts, E for "none"."""
@@ -21,8 +25,19 @@ class LoadCounter:
         self._counts[layer].scatter_add_(0, chosen, self._one.expand(chosen.shape[0]))
 
     def read(self) -> np.ndarray:
-        """int64 [L, E], a copy. Waits for the device; from any thread."""
-        return self._counts[:, :-1].cpu().numpy().copy()
+        """int64 [L, E], a copy. Waits for the device, and until counting goes on; from any thread."""
+        with self._lock:
+            return self._counts[:, :-1].cpu().numpy().copy()
+
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """What is counted meanwhile does not count."""
+        with self._lock:
+            before = self._counts.clone()
+            try:
+                yield
+            finally:
+                self._counts.copy_(before)
 
 
 class LoadWindow:

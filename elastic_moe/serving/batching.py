@@ -165,6 +165,17 @@ class Batcher:
         """Publish the tokens of the last forward."""
         self._processor.update_batch()
 
+    def warm_up(self) -> None:
+        """Run the model on tokens of nobody, in each padded size that decoding has and in doubled ones up to the
+        largest batch: kernels are loaded and, with CUDA graphs, captured, so that no stream waits for it later."""
+        step = self._config.graph_tokens
+        sizes = [*range(step, self._config.max_requests + step, step)]
+        while sizes[-1] < self._config.max_batch_tokens:
+            sizes.append(2 * sizes[-1])
+        for size in sizes:
+            self._runner.rehearse(self._model, min(size, self._config.max_batch_tokens))
+        self._processor.cache.reset()
+
     @property
     def num_captures(self) -> int:
         """CUDA graphs captured since the start, those that were captured anew included."""

@@ -74,6 +74,11 @@ class Engine:
             self._deliver,
             cuda_graphs=captures,
         )
+        self.runtime.idle.captures = captures
+        if self.runtime.exchanges.can_rehearse:
+            begin = time.monotonic()
+            self.runtime.rehearse(self._warm_up)
+            log.info("warmed up in %.1f s, %d CUDA graphs", time.monotonic() - begin, self._batcher.num_captures)
         self._num_slots = self.runtime.registry.placement.slots_per_rank
         self.runtime.on_placement_changed.append(self._follow_placement)
         start_thread("beat", self._beat, on_error=self.runtime.fail)
@@ -115,6 +120,10 @@ class Engine:
         self._load_seconds = time.monotonic() - begin
         log.info("loaded %s", timer.summary())
         return model
+
+    def _warm_up(self) -> None:
+        self._batcher.warm_up()
+        self.runtime.idle(self.runtime.layers, self.runtime.registry.placement.slots_per_rank)
 
     def run(self) -> None:
         """Serve until the process ends. All ranks go through the same handshakes and the same MoE layers.

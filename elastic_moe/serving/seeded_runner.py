@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
 from transformers.generation.continuous_batching.model_runner import ModelRunner
+from transformers.generation.continuous_batching.requests import RequestStatus, create_warmup_future_states
 
 from elastic_moe.serving.protocol import Sampling
 from elastic_moe.serving.sampling import pick
@@ -58,6 +59,21 @@ class SeededRunner(ModelRunner):
             rules = [self._rule(future.state) for future in self._ios.requests_in_batch if future.has_new_token]
             _, _, output_ids = self._ios.get_cb_kwargs()
             output_ids[0, : len(rules)].copy_(pick(scores[0, : len(rules)], rules))
+
+    @torch.no_grad()
+    def rehearse(self, model: nn.Module, num_tokens: int) -> None:
+        """Run a batch of so many tokens of nobody, if the empty cache can hold them; makes its graph."""
+        page, cache = self.cb_config.page_size, self.cache
+        states = create_warmup_future_states(1, RequestStatus.PREFILLING, num_tokens, page, cache)
+        if not states:
+            return
+        try:
+            shape = self.maybe_pad_inputs(num_tokens, page, False)
+            self._ios.prepare_batch_tensors(states, self.logit_processor, False, *shape, use_padding=self.pad_inputs)
+            self.compute_batch(model, cast("Any", self._ios.get_model_kwargs(use_padding=self.pad_inputs)))
+        finally:
+            for state in states:
+                cache.free_blocks(state.state.request_id)
 
     def forget_graphs(self) -> None:
         """Make graphs anew: something that they point to has moved."""

@@ -20,7 +20,7 @@ from elastic_moe.membership.current_epoch import CurrentEpoch
 from elastic_moe.membership.groups import EpochGroups
 from elastic_moe.membership.quorum import Membership
 from elastic_moe.membership.signals import AskView, Mouth, Signals
-from elastic_moe.membership.supervisor import Supervisor
+from elastic_moe.membership.supervisor import Event, Supervisor
 from elastic_moe.membership.view import Member, View
 from elastic_moe.serving.mailbox import Mailbox
 from elastic_moe.serving.protocol import Hello, encode
@@ -162,9 +162,8 @@ def test_a_child_that_nobody_understands_is_killed(monkeypatch: pytest.MonkeyPat
     supervisor = Supervisor()
     script = "import os, sys, time; os.write(int(sys.argv[-1]), b'not JSON\\n'); time.sleep(60)"
     child = supervisor.start("child", [sys.executable, "-c", script])
-    event = supervisor.next_event(WAIT_S)
-    assert event is not None
-    assert (event.child, event.code) == ("child", -9)
+    assert supervisor.next_event(WAIT_S) == Event("child", dying=True)
+    assert supervisor.next_event(WAIT_S) == Event("child", code=-9)
     child.end(0)
 
 

@@ -94,6 +94,20 @@ def test_a_mixed_batch_equals_each_request_alone(model, greedy):
     assert harness.batcher.tokens_generated == sum(NEW_TOKENS.values())
 
 
+def test_warming_up_leaves_nothing_behind(model, greedy):
+    harness = Harness(model, max_requests=4, graph_tokens=2)
+    free = harness.batcher._processor.cache.compute_free_capacity()
+    sizes, rehearse = [], harness.batcher._runner.rehearse
+    harness.batcher._runner.rehearse = lambda model, size: (sizes.append(size), rehearse(model, size))
+    harness.batcher.warm_up()
+    assert sizes == [2, 4, 8, 16]
+    assert harness.batcher._processor.cache.compute_free_capacity() == free
+    assert (harness.batcher.running, harness.batcher.waiting, harness.tokens) == (0, 0, {})
+    for name in PROMPTS:
+        harness.submit(name)
+    assert harness.run() == greedy
+
+
 def test_a_repeated_forward_writes_the_same_cache_and_picks_the_same_tokens(model, greedy):
     harness = Harness(model)
     for name in PROMPTS:

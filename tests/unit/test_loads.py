@@ -1,6 +1,7 @@
 """Counting tokens per expert, and the window over them."""
 
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -15,6 +16,19 @@ def test_counts_by_layer_and_expert_without_none():
     counter.count(1, torch.empty((0, 2), dtype=torch.int64))
     counter.count(0, torch.tensor([[2, 1]]))
     assert counter.read().tolist() == [[1, 1, 3], [0, 0, 0]]
+
+
+def test_what_is_counted_while_it_is_stopped_does_not_count():
+    counter = LoadCounter(1, 2, torch.device("cpu"))
+    counter.count(0, torch.tensor([[0]]))
+    seen = []
+    with counter.stopped():
+        counter.count(0, torch.tensor([[1]]))
+        reader = threading.Thread(target=lambda: seen.append(counter.read().tolist()))
+        reader.start()
+        assert not seen
+    reader.join(5)
+    assert seen == [[[1, 0]]]
 
 
 def test_what_was_counted_a_half_life_ago_counts_half():

@@ -44,7 +44,10 @@ def start(supervisor: Supervisor, program: str, name: str = "child") -> None:
 
 
 def next_event(supervisor: Supervisor) -> Event:
-    return supervisor.events.get(timeout=20)
+    """But for those that a child is dying."""
+    while (event := supervisor.events.get(timeout=20)).dying:
+        pass
+    return event
 
 
 def detail(event: Event) -> str:
@@ -68,6 +71,15 @@ def test_messages_come_before_the_end_and_the_end_has_its_code(supervisor: Super
     start(supervisor, f"channel.send(Ready('one')); channel.send(Ready('two')); {end}")
     assert [detail(next_event(supervisor)) for _ in range(2)] == ["one", "two"]
     assert next_event(supervisor) == Event("child", code=code)
+
+
+def test_a_child_that_takes_long_to_end_is_dying_at_once(supervisor: Supervisor):
+    begin = time.monotonic()
+    start(supervisor, "channel.close(); time.sleep(1)")
+    assert supervisor.events.get(timeout=20) == Event("child", dying=True)
+    assert supervisor.events.empty()
+    assert supervisor.events.get(timeout=20) == Event("child", code=0)
+    assert time.monotonic() - begin > 1
 
 
 def test_children_are_told_apart(supervisor: Supervisor):

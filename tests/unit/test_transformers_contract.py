@@ -30,7 +30,12 @@ from transformers.generation.continuous_batching.continuous_api import (
     OutputRouter,
 )
 from transformers.generation.continuous_batching.model_runner import ModelRunner
-from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState, RequestStatus
+from transformers.generation.continuous_batching.requests import (
+    GenerationOutput,
+    RequestState,
+    RequestStatus,
+    create_warmup_future_states,
+)
 
 BATCHING = "elastic_moe/serving/batching.py"
 CONVERSION = "elastic_moe/weights/conversion.py"
@@ -58,6 +63,8 @@ def changed(what: str, look_at: str) -> str:
             BATCHING,
         ),
         (ModelRunner._sample, "self scores output_ids", BATCHING),
+        (ModelRunner.maybe_pad_inputs, "self num_q_tokens max_kv_read use_decode_fast_path", BATCHING),
+        (create_warmup_future_states, "num status num_q_tokens max_kv_read cache", BATCHING),
         (OutputRouter.__init__, "self", BATCHING),
         (OutputRouter.deliver, "self output", BATCHING),
         (OutputRouter.deliver_batch, "self outputs", BATCHING),
