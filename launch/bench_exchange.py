@@ -24,11 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # ranks that are streams must never wait for each other's
 
 import torch
-import torch.distributed as dist
 
 from elastic_moe.exchange.collective import CollectiveExchange
 from elastic_moe.exchange.interface import TokenExchange
 from elastic_moe.exchange.layout import ExchangeLayout
+from elastic_moe.membership.epoch_store import EpochStore, StoreServer
 from elastic_moe.membership.groups import EpochGroups
 from elastic_moe.membership.view import Member, View
 
@@ -239,10 +239,10 @@ def _replayed(lanes: list[Lane], graph_of: Callable[[Lane], torch.cuda.CUDAGraph
 def in_processes(shapes: list[Shape], own_gpus: bool) -> list[dict[str, Any]]:
     """The collective exchange, each rank a process; with a GPU each, also the symmetric one. Of the slowest rank."""
     context = multiprocessing.get_context("spawn")
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = StoreServer("127.0.0.1")
     pipes = [context.Pipe() for _ in range(shapes[0].ranks)]
     processes = [
-        context.Process(target=_rank, args=(rank, store.port, shapes, own_gpus, pipe), daemon=True)
+        context.Process(target=_rank, args=(rank, store.address, shapes, own_gpus, pipe), daemon=True)
         for rank, (_, pipe) in enumerate(pipes)
     ]
     for process, (_, theirs) in zip(processes, pipes, strict=True):
@@ -264,14 +264,14 @@ def max_of(key: str, figures: tuple[dict[str, Any], ...]) -> Any:
     return max(figure[key] for figure in figures)
 
 
-def _rank(rank: int, port: int, shapes: list[Shape], own_gpus: bool, pipe: Connection) -> None:
+def _rank(rank: int, store: str, shapes: list[Shape], own_gpus: bool, pipe: Connection) -> None:
     torch.set_num_threads(1)
     torch.cuda.set_device(rank % torch.cuda.device_count())
     device = torch.device("cuda", torch.cuda.current_device())
-    store = dist.TCPStore("127.0.0.1", port, is_master=False)
     torch.zeros(1, device=device)
-    _meet(store, "ready", shapes[0].ranks)
-    view = view_of(shapes[0].ranks, f"127.0.0.1:{port}", f"{port}-")
+    _meet(EpochStore(store, 60.0), rank, shapes[0].ranks)
+    name = store.replace(":", "-")
+    view = view_of(shapes[0].ranks, store, name)
     groups = EpochGroups(view, rank, device if own_gpus else torch.device("cpu"), 120.0).build()
     results = []
     for number, shape in enumerate(shapes):
@@ -281,10 +281,9 @@ def _rank(rank: int, port: int, shapes: list[Shape], own_gpus: bool, pipe: Conne
             exchange = CollectiveExchange(groups.data, view.ranks, shape.experts // shape.ranks)
             figures["collective_us"] = collective_us(shape, rank, exchange, device, groups, own_gpus)
         if own_gpus:
-            ours = symmetric(shape, rank, device, f"{port}-{number}-")
-            ours.enter(
-                view_of(shape.ranks, "", f"{port}-{number}-"), shape.experts // shape.ranks, groups.control.barrier
-            )
+            ours = symmetric(shape, rank, device, f"{name}-{number}")
+            there = view_of(shape.ranks, "", f"{name}-{number}")
+            ours.enter(there, shape.experts // shape.ranks, groups.control.barrier)
             figures |= timed([Lane(shape, rank, ours, device)])
             ours.check()
             groups.control.barrier()
@@ -333,11 +332,9 @@ def _incarnation(rank: int, prefix: str) -> str:
     return f"bench-{prefix or os.getpid()}-{rank}"
 
 
-def _meet(store: dist.Store, name: str, count: int) -> None:
-    store.add(name, 1)
-    deadline = time.monotonic() + 60
-    while store.add(name, 0) < count and time.monotonic() < deadline:
-        time.sleep(0.005)
+def _meet(store: EpochStore, rank: int, count: int) -> None:
+    store.set(f"ready/{rank}", "")
+    store.multi_get([f"ready/{other}" for other in range(count)])
 
 
 def fits(shape: Shape) -> bool:

@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from elastic_moe.exchange.layout import ExchangeLayout
 from elastic_moe.exchange.symmetric import SymmetricExchange
+from elastic_moe.membership.epoch_store import StoreServer
 from elastic_moe.membership.view import Member, View
 
 HIDDEN = 256
@@ -30,6 +31,9 @@ class Seat:
         self.num_seats = seats or launch.world_size
         host, port = launch.store.rsplit(":", 1)
         self.store = dist.TCPStore(host, int(port), is_master=False)
+        if launch.rank == 0:
+            self._groups_store = StoreServer("127.0.0.1")
+            self.store.set("groups", self._groups_store.address)
         layout = ExchangeLayout(self.num_seats, slots, tokens, top_k, self.hidden_size, self.dtype.itemsize)
         self.incarnation = self.incarnation_of(rank, generation)
         self.exchange = SymmetricExchange(
@@ -40,8 +44,9 @@ class Seat:
         return f"{self.launch.store.replace(':', '-')}-{rank}-{generation}"
 
     def view(self, epoch, ranks, newcomers=()):
+        store = self.store.get("groups").decode()
         members = [
-            Member(rank, 0, self.incarnation_of(rank, int(rank in newcomers)), 0, "127.0.0.1", "", self.launch.store)
+            Member(rank, 0, self.incarnation_of(rank, int(rank in newcomers)), 0, "127.0.0.1", "", store)
             for rank in ranks
         ]
         return View(epoch, tuple(members))
