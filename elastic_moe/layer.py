@@ -53,7 +53,7 @@ class ElasticMoELayer(nn.Module):
             slots = slots.masked_fill(top_k_index > last, EMPTY)
             return fused.compute_routed(hidden_states, slots, top_k_weights)
         sent = exchange.dispatch(hidden_states, slots)
-        results = exchange.combine(self.experts(sent.rows, sent.offsets), sent.ticket)
+        results = exchange.combine(self.experts(sent.rows, sent.offsets, sent.expected_rows), sent.ticket)
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         weights = top_k_weights.to(dtype).masked_fill(top_k_index > last, 0.0)
         weighted = results.to(dtype) * weights.unsqueeze(-1)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from launch.config import CONF
+from launch.random_model import SHAPES
 
 NAMES = tuple(sorted(file.stem for file in (CONF / "bench").glob("*.yaml")))
 MODELS = ("demo", "random")
@@ -52,6 +53,7 @@ class BenchConfig:
     threshold: float = _key(1.05, "rebalance: eplb.threshold of the servers")
     half_life_steps: int = _key(20, "rebalance: eplb.half_life_steps of the servers")
 
+    shape: str = _key("small", f"rebalance on cuda, gpu_serve: random model, one of {', '.join(SHAPES)}")
     rank_list: str = _key("1,2,4", "gpu_serve: comma list of numbers of ranks")
     stream_list: str = _key("1,8,32", "gpu_serve: comma list of numbers of streams at once")
     dtype: str = _key("bfloat16", "rebalance, gpu_serve, gpu_recovery: model.dtype of the servers")
@@ -73,6 +75,7 @@ class BenchConfig:
         """Raise ValueError, naming the key and what is allowed, when a value cannot work."""
         _check(self.name in NAMES, "name", self.name, f"must be one of {', '.join(NAMES)}")
         _check(self.model in MODELS, "model", self.model, f"must be one of {', '.join(MODELS)}")
+        _check(self.shape in SHAPES, "shape", self.shape, f"must be one of {', '.join(SHAPES)}")
         _check(self.device in DEVICES, "device", self.device, f"must be one of {', '.join(DEVICES)}")
         for key in ("repeats", "ranks_per_node", "streams", "half_life_steps"):
             _check(getattr(self, key) >= 1, key, getattr(self, key), "must be 1 or more")

@@ -1,10 +1,10 @@
-"""bench=gpu_serve: tokens per second of a whole server on GPUs, by ranks and streams, with CUDA graphs and without.
+"""bench=gpu_serve: tokens per second of a whole server on GPUs, by ranks, ways of exchange and streams.
 
-The model is Qwen3-MoE with random weights (`GPU_SHAPE`). Ranks get a GPU each where there are as many; else they share:
-then the figures show what sharing costs, not what more GPUs bring. With one rank nothing is exchanged. Texts are
-compared
-with those of one rank without graphs: `tokens_equal`. The limit beside each figure is that of reading every weight
-that a step needs once from the memory of the GPUs that there are.
+The model is Qwen3-MoE with random weights (`bench.shape`). Ranks get a GPU each where there are as many, and are then
+measured over NCCL too; else they share: then the figures show what sharing costs, not what more GPUs bring. One rank
+exchanges nothing. Texts are compared with those of one rank without graphs (`tokens_equal`): in bfloat16 other batches
+round otherwise. The limit beside each figure is that of reading every weight that a step needs once from the memory of
+the GPUs that there are.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ import httpx
 from launch.bench_config import BenchConfig
 from launch.chaos_load import PROMPTS, Answer, Ask, Load, gaps_s
 from launch.chaos_server import START_TIMEOUT_S, OwnServer, Target
-from launch.random_model import GPU_SHAPE, bytes_per_step, make_random_model
+from launch.random_model import SHAPES, bytes_per_step, make_random_model
 
 MEMORY_BYTES_PER_S = {"H100": 3.35e12, "H200": 4.3e12}
 """Datasheet of the H100, measured on the H200 (docs/performance.md)."""
@@ -37,18 +37,25 @@ def run(config: BenchConfig) -> Iterator[dict[str, Any]]:
 
     if not torch.cuda.is_available():
         raise ValueError("bench=gpu_serve needs a GPU")
-    machine = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    gpus = torch.cuda.device_count()
+    machine = f"{gpus} x {torch.cuda.get_device_name()}"
     with tempfile.TemporaryDirectory(prefix="gpu-model-") as folder:
-        make_random_model(Path(folder), config.seed, GPU_SHAPE)
+        make_random_model(Path(folder), config.seed, SHAPES[config.shape])
         wanted: dict[int, list[str]] = {}
         for ranks in config.rank_counts():
-            for graphs in (False, True):
-                for row in asyncio.run(_measure(folder, ranks, graphs, config, wanted)):
-                    yield {"machine": machine, "ranks": ranks, "cuda_graphs": graphs, **row}
+            for kind, graphs in ways(ranks, gpus):
+                for row in asyncio.run(_measure(folder, ranks, kind, graphs, config, wanted)):
+                    yield {"machine": machine, "ranks": ranks, "exchange": kind, "cuda_graphs": graphs, **row}
+
+
+def ways(ranks: int, gpus: int) -> list[tuple[str, bool]]:
+    """(`exchange.kind`, with CUDA graphs): NCCL takes no graphs, and a GPU for each rank."""
+    collective = [("collective", False)] if ranks <= gpus else []
+    return [*collective, *([("symmetric", False)] if ranks > 1 else []), ("symmetric", True)]
 
 
 async def _measure(
-    folder: str, ranks: int, graphs: bool, config: BenchConfig, wanted: dict[int, list[str]]
+    folder: str, ranks: int, kind: str, graphs: bool, config: BenchConfig, wanted: dict[int, list[str]]
 ) -> Sequence[dict[str, Any]]:
     overrides = [
         "model=hf",
@@ -60,14 +67,14 @@ async def _measure(
         "log_level=warning",
         "serving.max_requests=256",
         f"serving.cuda_graphs={str(graphs).lower()}",
-        f"exchange.kind={'symmetric' if ranks > 1 or graphs else 'collective'}",
+        f"exchange.kind={kind}",
         "elastic.hang_timeout_s=60",
     ]
     with OwnServer(ranks, 1, overrides) as server:
         try:
             target = Target(await server.url())
             await _until_it_serves(target, ranks)
-            rows = [await _stream(target, streams, config, wanted, ranks) for streams in config.stream_counts()]
+            rows = [await _stream(target, streams, config, wanted) for streams in config.stream_counts()]
         except (RuntimeError, httpx.HTTPError) as error:
             raise ValueError(f"{error or type(error).__name__} (what the server said: {server.folder})") from error
         server.forget_output()
@@ -85,9 +92,7 @@ async def _until_it_serves(target: Target, ranks: int) -> None:
         await asyncio.sleep(POLL_S)
 
 
-async def _stream(
-    target: Target, streams: int, config: BenchConfig, wanted: dict[int, list[str]], ranks: int
-) -> dict[str, Any]:
+async def _stream(target: Target, streams: int, config: BenchConfig, wanted: dict[int, list[str]]) -> dict[str, Any]:
     """The second of two equal runs: in the first, graphs are captured."""
     asks = [Ask(PROMPTS[i % len(PROMPTS)], config.tokens, temperature=0.0, seed=0) for i in range(streams)]
     model = await target.model()
@@ -99,7 +104,7 @@ async def _stream(
     texts = [answer.text for answer in load.answers]
     same = sum(text == other for text, other in zip(texts, wanted.setdefault(streams, texts), strict=True))
     gaps = sorted(gaps_s(load.answers))
-    step_bytes = bytes_per_step(GPU_SHAPE, streams)
+    step_bytes = bytes_per_step(SHAPES[config.shape], streams)
     bandwidth = next((rate for name, rate in MEMORY_BYTES_PER_S.items() if name in _gpu_name()), 0.0)
     return {
         "streams": streams,

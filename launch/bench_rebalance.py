@@ -24,7 +24,7 @@ from elastic_moe.placement.balancedness import balancedness
 from launch.bench_config import BenchConfig
 from launch.chaos_load import PROMPTS, Ask, Load
 from launch.chaos_server import START_TIMEOUT_S, OwnServer, Target
-from launch.random_model import GPU_SHAPE, SHAPE, make_random_model
+from launch.random_model import SHAPE, SHAPES, make_random_model
 from launch.rebalance_summary import MODES, Window, summary
 
 NUM_SCRIPTURE = 12
@@ -60,7 +60,7 @@ def _overrides(config: BenchConfig, stack: ExitStack) -> list[str]:
     on_gpu = config.device == "cuda"
     if config.model == "random":
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="random-model-")))
-        make_random_model(folder, config.seed, GPU_SHAPE if on_gpu else SHAPE)
+        make_random_model(folder, config.seed, SHAPES[config.shape] if on_gpu else SHAPE)
         chosen = ["model=hf", f"model.path={folder}", "model.name=random"]
     return [
         *chosen,

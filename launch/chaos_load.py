@@ -8,7 +8,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from openai import AsyncOpenAI, OpenAIError
+import httpx
+import msgspec
 
 PROMPTS = (
     "In the beginning God created",
@@ -136,7 +137,8 @@ class Load:
 
     async def run(self) -> None:
         """Stream all answers to their end; what fails says so in its answer."""
-        async with AsyncOpenAI(base_url=f"{self._url}/v1", api_key="none", max_retries=0, timeout=TIMEOUT_S) as client:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=self._url, timeout=TIMEOUT_S, limits=limits) as client:
             lag = asyncio.create_task(self._watch_lag())
             try:
                 await asyncio.gather(*(self._stream(client, i) for i in range(len(self._asks))))
@@ -149,29 +151,63 @@ class Load:
             await asyncio.sleep(LAG_POLL_S)
             self.lag_s = max(self.lag_s, time.monotonic() - begin - LAG_POLL_S)
 
-    async def _stream(self, client: AsyncOpenAI, i: int) -> None:
+    async def _stream(self, client: httpx.AsyncClient, i: int) -> None:
+        """By hand and not by the package `openai`, which takes several times as long for a chunk: a client that is
+        busy would measure itself."""
         ask, answer = self._asks[i], self.answers[i]
+        body = {
+            "model": self._model,
+            "prompt": ask.prompt,
+            "max_tokens": ask.max_tokens,
+            "temperature": ask.temperature,
+            "seed": ask.seed,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
         try:
-            chunks = await client.completions.create(
-                model=self._model,
-                prompt=ask.prompt,
-                max_tokens=ask.max_tokens,
-                temperature=ask.temperature,
-                seed=ask.seed,
-                stream=True,
-                stream_options={"include_usage": True},
-            )
-            async with asyncio.timeout(TIMEOUT_S):
-                async for chunk in chunks:
-                    for choice in chunk.choices:
-                        if choice.text:
-                            answer.arrivals.append(time.time())
-                            answer.text += choice.text
-                        answer.finish = choice.finish_reason or answer.finish
-                    if chunk.usage:
-                        answer.num_tokens = chunk.usage.completion_tokens
-        except (OpenAIError, OSError, TimeoutError) as error:
+            async with asyncio.timeout(TIMEOUT_S), client.stream("POST", "/v1/completions", json=body) as response:
+                if response.is_error:
+                    answer.error = f"{response.status_code}: {(await response.aread()).decode(errors='replace')[:200]}"
+                    return
+                async for line in response.aiter_lines():
+                    if line.startswith("data: {"):
+                        _take(_decode(line[6:]), answer)
+        except (httpx.HTTPError, OSError, TimeoutError, msgspec.MsgspecError) as error:
             answer.finish, answer.error = "", f"{type(error).__name__}: {error}"
+
+
+def _take(chunk: "_Chunk", answer: Answer) -> None:
+    if chunk.error:
+        raise OSError(chunk.error.message)
+    for choice in chunk.choices:
+        if choice.text:
+            answer.arrivals.append(time.time())
+            answer.text += choice.text
+        answer.finish = choice.finish_reason or answer.finish
+    if chunk.usage:
+        answer.num_tokens = chunk.usage.completion_tokens
+
+
+class _Choice(msgspec.Struct):
+    text: str = ""
+    finish_reason: str | None = None
+
+
+class _Usage(msgspec.Struct):
+    completion_tokens: int
+
+
+class _Error(msgspec.Struct):
+    message: str
+
+
+class _Chunk(msgspec.Struct):
+    choices: list[_Choice] = []
+    usage: _Usage | None = None
+    error: _Error | None = None
+
+
+_decode = msgspec.json.Decoder(_Chunk).decode
 
 
 def _has_more(longer: str, shorter: str) -> bool:

@@ -52,7 +52,7 @@ class CollectiveExchange(TokenExchange):
         by_slot = torch.argsort(slot_of_row.repeat_interleave(counts.reshape(-1)), stable=True)
         offsets = counts.sum(0).cumsum(0).to(torch.int32)
         ticket = _Ticket(order, sent, received, by_slot, num_tokens, top_k)
-        return Dispatched(arrived[by_slot], offsets, ticket)
+        return Dispatched(arrived[by_slot], offsets, ticket, arrived.shape[0])
 
     def combine(self, rows: torch.Tensor, ticket: _Ticket) -> torch.Tensor:
         """See `TokenExchange.combine`."""

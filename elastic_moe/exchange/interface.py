@@ -13,11 +13,13 @@ class Dispatched:
 
     `rows` [M, D] belong to slot 0, then slot 1, ...; `offsets` int32 [S] are the ends of the groups. Rows past
     `offsets[-1]` are padding: whatever is computed from them is ignored. `ticket` is the exchange's own business.
+    `expected_rows` is how many rows are likely to count: a hint for whoever computes them, who may not look.
     """
 
     rows: torch.Tensor
     offsets: torch.Tensor
     ticket: Any
+    expected_rows: int
 
 
 class TokenExchange(ABC):

@@ -24,6 +24,8 @@ _kernels: Any = symmetric_kernels
 CHUNK = 128
 """Pairs that one program sorts among each other."""
 PROGRAMS_PER_SM = 4
+FEW_TOKENS = 16
+"""A rank that has none of its own expects that the others have as many."""
 SCALED = 128
 """Elements with a common scale in an 8-bit payload."""
 
@@ -177,7 +179,8 @@ class SymmetricExchange(TokenExchange):
         offsets = torch.empty(self._slots_per_rank, dtype=torch.int32, device=self._device)
         self._send(hidden, slots, offsets, max_rows)
         self._place(rows)
-        return Dispatched(rows, offsets, _Ticket(slots, offsets))
+        even = max(num_tokens, FEW_TOKENS) * layout.top_k  # as if all ranks had as many tokens, and chose evenly
+        return Dispatched(rows, offsets, _Ticket(slots, offsets), min(even, max_rows))
 
     def combine(self, rows: torch.Tensor, ticket: Any) -> torch.Tensor:
         """See `TokenExchange.combine`: zeros for a slot of -1.

@@ -20,6 +20,9 @@ _ACTIVATIONS = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu_tanh
 _MULTIPLES = {torch.bfloat16: 128, torch.float32: 64}
 """What D and I have to be multiples of."""
 
+_MOSTLY_PADDING = 4
+"""With more rows than so many times those that are expected."""
+
 _ROW_TILES_TOGETHER = 16
 """Row tiles of a slot that go through its columns together: what they read then stays in the L2 cache."""
 
@@ -55,21 +58,23 @@ class FusedExperts:
     down: torch.Tensor
     activation: str
 
-    def compute(self, rows: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    def compute(self, rows: torch.Tensor, offsets: torch.Tensor, expected_rows: int | None = None) -> torch.Tensor:
         """Each row by the expert of its slot.
 
         Args:
             rows: [M, D] in the dtype of the weights, grouped by slot.
             offsets: int32 [S], the end of each slot's rows; rows past the last are neither read nor written.
+            expected_rows: how many of them are likely to be there; None: all.
 
         Returns:
             [M, D].
         """
         rows = rows.contiguous()
+        expected_rows = rows.shape[0] if expected_rows is None else expected_rows
         inner = rows.new_empty((rows.shape[0], self.down.shape[2]))
         out = torch.empty_like(rows)
-        _grouped_gemm(rows, self.gate_up, inner, offsets, activation=self.activation)
-        _grouped_gemm(inner, self.down, out, offsets)
+        _grouped_gemm(rows, self.gate_up, inner, offsets, expected_rows, activation=self.activation)
+        _grouped_gemm(inner, self.down, out, offsets, expected_rows)
         return out
 
     def compute_routed(self, hidden: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -92,8 +97,11 @@ class FusedExperts:
         order, row_of_pair, offsets = sort_by_slot(slots, num_slots)
         inner = hidden.new_empty((slots.numel(), self.down.shape[2]))
         results = hidden.new_empty((slots.numel(), size))
-        _grouped_gemm(hidden, self.gate_up, inner, offsets, activation=self.activation, gather=order, top_k=top_k)
-        _grouped_gemm(inner, self.down, results, offsets)
+        pairs = slots.numel()
+        _grouped_gemm(
+            hidden, self.gate_up, inner, offsets, pairs, activation=self.activation, gather=order, top_k=top_k
+        )
+        _grouped_gemm(inner, self.down, results, offsets, pairs)
         block = max(256, min(2048, _power_of_2(size))) if num_tokens >= 64 else 256
         _kernels().small.combine_pairs[(num_tokens, ceil(size / block))](
             results,
@@ -138,16 +146,20 @@ def has_post_expert_norm(template: Any) -> bool:
     return getattr(template, "has_post_expert_norm", False)
 
 
-def choose_tile(num_rows: int, num_slots: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> Tile:
-    """The tile for M rows (padding included) over S slots, measured on an H200: docs/performance.md.
+def choose_tile(
+    num_rows: int, num_slots: int, columns: int, expected_rows: int, dtype: torch.dtype = torch.bfloat16
+) -> Tile:
+    """The tile for M rows over S slots, of which `expected_rows` are likely no padding, measured on an H200:
+    docs/performance.md.
 
     Few rows per slot leave the reading of weights as the only cost: narrow tiles, many programs. From about 8 rows
-    on the specialized kernel is as fast or faster, and pays nothing for rows that are padding.
+    on the specialized kernel is as fast or faster, and pays nothing for rows that are padding; the other has a program
+    for each tile that there could be.
     """
-    rows_per_slot = num_rows / num_slots
+    rows_per_slot = expected_rows / num_slots
     if dtype == torch.float32:
         return Tile(16, 64, 64, 2, specialized=False)
-    if rows_per_slot <= 8:
+    if rows_per_slot <= 8 and num_rows <= _MOSTLY_PADDING * expected_rows:
         return Tile(16, 128, 128, 3, specialized=False)
     if rows_per_slot <= 128 or columns % 256:
         return Tile(128, 128, 64, 6, specialized=True)
@@ -198,6 +210,7 @@ def _grouped_gemm(
     weight: torch.Tensor,
     out: torch.Tensor,
     offsets: torch.Tensor,
+    expected_rows: int,
     *,
     activation: str | None = None,
     gather: torch.Tensor | None = None,
@@ -208,7 +221,7 @@ def _grouped_gemm(
     num_rows = out.shape[0]
     if not num_rows:
         return
-    tile = choose_tile(num_rows, num_slots, columns, weight.dtype)
+    tile = choose_tile(num_rows, num_slots, columns, expected_rows, weight.dtype)
     num_tiles = min(num_rows, num_rows // tile.rows + num_slots) * (columns // tile.columns)
     kernels = _kernels()
     settings: dict[str, Any] = {"BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "STAGES": tile.stages}

@@ -50,19 +50,20 @@ class SlotExperts(nn.Module):
         """Views of the tensors of one slot, in the order of `layout.names`."""
         return [getattr(self, name).detach()[slot] for name in self.layout.names]
 
-    def forward(self, rows: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    def forward(self, rows: torch.Tensor, offsets: torch.Tensor, expected_rows: int | None = None) -> torch.Tensor:
         """Compute each row by the expert of its slot, without the routing weight.
 
         Args:
             rows: [M, D], grouped by slot.
             offsets: int32 [S], the end of each slot's rows; rows past the last are padding.
+            expected_rows: how many are likely no padding; None: all. It changes the speed only.
 
         Returns:
             [M, D].
         """
         fused = self.fused(rows)
         if fused is not None:
-            return fused.compute(rows, offsets)
+            return fused.compute(rows, offsets, expected_rows)
         template = self.template
         up = self._linear(rows, self._first, offsets)
         hidden = template._apply_gate(up) if template.has_gate else template.act_fn(up)

@@ -183,17 +183,18 @@ def test_graph_replays_with_other_groups_tokens_and_weights(rows_per_slot):
 
 
 @hopper
-@pytest.mark.parametrize("capacity", [64, 4096])
-def test_graph_of_the_experts_alone_replays_with_other_offsets(capacity):
+@pytest.mark.parametrize(("capacity", "expected"), [(64, None), (64, 64), (4096, None), (4096, 64), (4096, 4096)])
+def test_graph_of_the_experts_alone_replays_with_other_offsets(capacity, expected):
+    """Whatever was expected."""
     torch.manual_seed(3)
     module = build("qwen3_moe", 256, 384, 16)
     experts = with_slots(module)
     rows = torch.randn((capacity, 256), device=CUDA).bfloat16()
     offsets = torch.zeros(16, dtype=torch.int32, device=CUDA)
-    experts(rows, offsets)
+    experts(rows, offsets, expected)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = experts(rows, offsets)
+        out = experts(rows, offsets, expected)
     for total in (capacity, 0, 1, capacity // 2):
         slots = torch.randint(16, (total,), device=CUDA).sort().values
         offsets.copy_(torch.bincount(slots, minlength=16).cumsum(0))
@@ -232,4 +233,5 @@ def test_gradients_go_the_other_way():
 def test_tiles_divide_the_weights():
     for columns in (128, 384, 512, 1536, 7168):
         for rows in (1, 100, 10_000, 1_000_000):
-            assert columns % choose_tile(rows, 32, columns).columns == 0
+            assert columns % choose_tile(rows, 32, columns, rows).columns == 0
+            assert columns % choose_tile(rows, 32, columns, 8).columns == 0
