@@ -53,7 +53,7 @@ class BenchConfig:
     threshold: float = _key(1.05, "rebalance: eplb.threshold of the servers")
     half_life_steps: int = _key(20, "rebalance: eplb.half_life_steps of the servers")
 
-    shape: str = _key("small", f"rebalance on cuda, gpu_serve: random model, one of {', '.join(SHAPES)}")
+    shape: str = _key("small", f"rebalance on cuda, gpu_*: random model, one of {', '.join(SHAPES)}")
     rank_list: str = _key("1,2,4", "gpu_serve: comma list of numbers of ranks")
     stream_list: str = _key("1,8,32", "gpu_serve: comma list of numbers of streams at once")
     dtype: str = _key("bfloat16", "rebalance, gpu_serve, gpu_recovery: model.dtype of the servers")

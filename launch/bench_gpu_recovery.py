@@ -1,27 +1,32 @@
-"""bench=gpu_recovery: ranks on GPUs are killed while they stream, with CUDA graphs and without.
+"""bench=gpu_recovery: ranks on GPUs are killed while they stream, over each way of exchange, with CUDA graphs or not.
 
-Gaps, phases of the recovery, and restored bytes. It is launch/chaos.py on a server whose ranks have a GPU each, or
-share what there is, over symmetric memory: every text is compared with an undisturbed run. A lost expert is read from
-disk where it has no live copy.
+Gaps, phases of the recovery, and restored bytes. It is launch/chaos.py on a server whose ranks have a GPU each (then
+NCCL is measured too), or share what there is: every text is compared with an undisturbed run. A lost expert is read
+from disk where it has no live copy.
 """
 
 import asyncio
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from launch.bench_config import BenchConfig
+from launch.bench_gpu_serve import ways
 from launch.chaos import Chaos
 from launch.chaos_config import ChaosRunConfig, server_overrides
 from launch.chaos_server import OwnServer
 from launch.config import load
+from launch.random_model import SHAPES, make_random_model
 
 KINDS = "calm,kill,kill_two,kill_in_recovery"
+FOR_TWO_RANKS = "calm,kill"
 
 
 def run(config: BenchConfig) -> Iterator[dict[str, Any]]:
-    """One result without CUDA graphs, one with.
+    """One result for each kind of exchange and forward.
 
     Raises:
         ValueError: there is no GPU, or the server failed.
@@ -30,35 +35,38 @@ def run(config: BenchConfig) -> Iterator[dict[str, Any]]:
 
     if not torch.cuda.is_available():
         raise ValueError("bench=gpu_recovery needs a GPU")
-    machine = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    for graphs in (False, True):
-        overrides = [
-            "model=demo",
-            "model.device=cuda",
-            f"model.dtype={config.dtype}",
-            "exchange.kind=symmetric",
-            f"serving.cuda_graphs={str(graphs).lower()}",
-            f"eplb.mode={config.eplb_mode}",
-            f"elastic.redundant_slots={config.redundant_slots}",
-            "elastic.hang_timeout_s=20",
-            f"chaos.seed={config.seed}",
-            f"chaos.faults={config.repeats}",
-            f"chaos.kinds={KINDS}",
-            f"chaos.ranks={config.ranks}",
-            f"chaos.requests={config.streams}",
-        ]
-        chaos = load(ChaosRunConfig, "chaos", overrides)
-        with OwnServer(config.ranks, 1, server_overrides(chaos, overrides)) as server:
-            try:
-                found = asyncio.run(Chaos(chaos.chaos, server, Console(stderr=True)).run())
-            except RuntimeError as error:
-                raise ValueError(f"{error} (what the server said: {server.folder})") from error
-        repair_s = found["phase_ms"]["repair"]["p50"] / 1e3
-        restored = sum(found["bytes_by_source"].values()) / max(1, found["faults"]["counted"])
-        yield {
-            "machine": machine,
-            "cuda_graphs": graphs,
-            "ranks": config.ranks,
-            **found,
-            "restored_gb_per_s": restored / repair_s / 1e9 if repair_s else None,
-        }
+    gpus = torch.cuda.device_count()
+    machine = f"{gpus} x {torch.cuda.get_device_name()}"
+    with tempfile.TemporaryDirectory(prefix="gpu-model-") as folder:
+        model = ["model=demo"]
+        if config.model == "random":
+            make_random_model(Path(folder), config.seed, SHAPES[config.shape])
+            model = ["model=hf", f"model.path={folder}", "model.name=random"]
+        for kind, graphs in ways(config.ranks, gpus):
+            found = _break_it(config, [*model, f"exchange.kind={kind}", f"serving.cuda_graphs={str(graphs).lower()}"])
+            yield {"machine": machine, "ranks": config.ranks, "exchange": kind, "cuda_graphs": graphs, **found}
+
+
+def _break_it(config: BenchConfig, chosen: list[str]) -> dict[str, Any]:
+    overrides = [
+        *chosen,
+        "model.device=cuda",
+        f"model.dtype={config.dtype}",
+        f"eplb.mode={config.eplb_mode}",
+        f"elastic.redundant_slots={config.redundant_slots}",
+        "elastic.hang_timeout_s=20",
+        f"chaos.seed={config.seed}",
+        f"chaos.faults={config.repeats}",
+        f"chaos.kinds={KINDS if config.ranks >= 3 else FOR_TWO_RANKS}",
+        f"chaos.ranks={config.ranks}",
+        f"chaos.requests={config.streams}",
+    ]
+    chaos = load(ChaosRunConfig, "chaos", overrides)
+    with OwnServer(config.ranks, 1, server_overrides(chaos, overrides)) as server:
+        try:
+            found = asyncio.run(Chaos(chaos.chaos, server, Console(stderr=True)).run())
+        except RuntimeError as error:
+            raise ValueError(f"{error} (what the server said: {server.folder})") from error
+    repair_s = found["phase_ms"]["repair"]["p50"] / 1e3
+    restored = sum(found["bytes_by_source"].values()) / max(1, found["faults"]["counted"])
+    return found | {"restored_gb_per_s": restored / repair_s / 1e9 if repair_s else None}

@@ -14,4 +14,5 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(TESTS.parent), str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
 )
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")  # torchrun's store looks up names: an ill name service
 torch.set_num_threads(1)

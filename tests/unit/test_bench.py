@@ -6,9 +6,12 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from launch.bench_config import NAMES, BenchRunConfig
+from launch.bench_gpu_serve import ways
 from launch.config import REPO, load
+from launch.random_model import SHAPES, bytes_per_step
 
 KEYS = {"algorithm", "trace", "layers", "experts", "slots", "ranks", "ms", "max_mean", "max_mean_other", "moved_share"}
 KEYS |= {"max_mean_worst_layer", "max_mean_moved", "ms_moved"}
@@ -105,3 +108,23 @@ def test_a_mistake_ends_with_2():
     ended = bench("bench=nothing")
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr == f"elastic_moe: bench=nothing: no such bench; choose one of {', '.join(NAMES)}\n"
+
+
+def test_gpu_benchmarks_use_nccl_only_where_ranks_have_a_gpu_each():
+    assert ways(1, 1) == [("collective", False), ("symmetric", True)]
+    assert ways(4, 1) == [("symmetric", False), ("symmetric", True)]
+    assert ways(2, 2) == [("collective", False), ("symmetric", False), ("symmetric", True)]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("name", ["gpu_serve", "gpu_recovery"])
+def test_gpu_benchmarks_say_that_they_need_one(name: str):
+    ended = bench(f"bench={name}")
+    assert ended.returncode == 2
+    assert ended.stderr == f"elastic_moe: bench={name} needs a GPU\n"
+
+
+def test_random_shapes_are_chosen_by_name():
+    with pytest.raises(ValueError, match="must be one of small, qwen3_30b"):
+        load(BenchRunConfig, "bench", ["bench=gpu_serve", "bench.shape=huge"])
+    assert bytes_per_step(SHAPES["qwen3_30b"], 1) == pytest.approx(5.4e9, rel=0.05)  # 2.7B, without a vocabulary
