@@ -59,6 +59,7 @@ class ElasticRuntime:
         topology: Topology,
         device: torch.device,
         *,
+        start_timeout_s: float = 120.0,
         exchange_timeout_s: float = 30.0,
         silence_timeout_s: float = 20.0,
         lighthouses: Sequence[str] = (),
@@ -88,6 +89,7 @@ class ElasticRuntime:
         self.idle = IdleForward()
         self.signals = seat.signals
         self._latch = Latch()
+        self._start_timeout_s = start_timeout_s
         self._exchange_timeout_s = exchange_timeout_s
         self._grow_slots = grow_slots
         self._eplb = eplb or EplbConfig()
@@ -126,7 +128,7 @@ class ElasticRuntime:
             start: this process's place, `Launch.from_torchrun(os.environ)`; or what its supervisor said of it.
             device: where experts and tokens live: cpu (gloo) or a CUDA device (NCCL).
             address: endpoint for front ends, of a process that serves requests.
-            start_timeout_s: how long to wait for the others, in seconds.
+            start_timeout_s: how long to wait for the others, and then for those that load slowly, in seconds.
             **settings: see the constructor.
 
         Raises:
@@ -138,7 +140,7 @@ class ElasticRuntime:
         server = WeightServer(host_of(start.launch))
         seat = Seat(start, address=address, weights=server.address)
         view = start.rejoin or meet(start.launch, seat.member, start_timeout_s)
-        runtime = cls(seat, view, start.launch.topology, device, **settings)
+        runtime = cls(seat, view, start.launch.topology, device, start_timeout_s=start_timeout_s, **settings)
         runtime._weight_server = server
         if supervised:
             runtime._supervised = supervised
@@ -217,20 +219,15 @@ class ElasticRuntime:
         if self._eplb.mode != "off":
             load_balancer()
         self._load_counter = LoadCounter(num_layers, num_experts, self.device)
+        config, me = self._exchange_config, self.seat.member
+        staging = open_staging(config, self._eplb, me, self.topology, self.device, self._exchange_timeout_s)
         self._rebalancer = Rebalancer(
             self._eplb,
             self.rank,
             self._registry,
             self._load_counter,
             steps=lambda: self.steps,
-            staging=open_staging(
-                self._exchange_config,
-                self._eplb,
-                self.seat.member,
-                self.topology,
-                self.device,
-                self._exchange_timeout_s,
-            ),
+            staging=staging,
             wake=lambda: self.on_change(),
             committed=self._hooks.call_placement_changed,
             on_error=self.fail,
@@ -253,7 +250,8 @@ class ElasticRuntime:
         self._store = ExpertStore(layers, self.registry.placement.of_rank(self.rank), read)
         self._store.record_digests()
         if self._epoch.is_entered:
-            self._store.digests = self.groups.control.all_reduce_max_array(self._store.digests)
+            with self.groups.control.patient(self._start_timeout_s):  # for those that load slowly
+                self._store.digests = self.groups.control.all_reduce_max_array(self._store.digests)
             self.rebalancer.begin_epoch(self.view, self.groups, self._store, changed=False)
 
     def peers(self) -> Peers | None:

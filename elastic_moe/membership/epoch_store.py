@@ -27,7 +27,10 @@ class Put(msgspec.Struct, tag="put", frozen=True):
 
 
 class Ask(msgspec.Struct, tag="ask", frozen=True):
-    """Client -> server: answer with the values of `keys` as soon as all are there, or never after `within_s`."""
+    """Client -> server: answer with the values of `keys` as soon as all are there, or never after `within_s`.
+
+    With 0 seconds the answer comes at once, and is None unless all are there.
+    """
 
     number: int
     keys: list[str]
@@ -38,7 +41,7 @@ class Values(msgspec.Struct, frozen=True):
     """Server -> client: the values of `Ask` number `number`, in the order of its keys."""
 
     number: int
-    values: list[bytes]
+    values: list[bytes] | None
 
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -79,13 +82,14 @@ class StoreServer:
     def _forget(self, now: float) -> None:
         while self._kept and (oldest := next(iter(self._kept))) and self._kept[oldest][0] < now:
             del self._kept[oldest]
-        self._waiting = [entry for entry in self._waiting if entry[2] > now]
+        self._waiting = [entry for entry in self._waiting if entry[2] >= now]
 
     def _answered(self, client: bytes, ask: Ask) -> bool:
-        if not all(key in self._kept for key in ask.keys):
-            return False
-        self._router.send_multipart([client, _encode(Values(ask.number, [self._kept[key][1] for key in ask.keys]))])
-        return True
+        complete = all(key in self._kept for key in ask.keys)
+        if complete or not ask.within_s:
+            values = [self._kept[key][1] for key in ask.keys] if complete else None
+            self._router.send_multipart([client, _encode(Values(ask.number, values))])
+        return complete or not ask.within_s
 
 
 class EpochStore(dist.Store):
@@ -127,7 +131,15 @@ class EpochStore(dist.Store):
         Raises:
             dist.DistStoreError: they did not come in time.
         """
-        return self._ask(keys, self._timeout_s)
+        return self._ask(keys, self._timeout_s) or []
+
+    def check(self, keys: list[str]) -> bool:
+        """Whether all of `keys` are there now.
+
+        Raises:
+            dist.DistStoreError: the server does not answer.
+        """
+        return self._ask(keys, 0.0) is not None
 
     def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
         """Return when all of `keys` are there.
@@ -135,12 +147,13 @@ class EpochStore(dist.Store):
         Raises:
             dist.DistStoreError: they did not come in time.
         """
-        self._ask(keys, self._timeout_s if timeout is None else timeout.total_seconds())
+        self._ask(keys, self._timeout_s if timeout is None else max(0.001, timeout.total_seconds()))
 
-    def _ask(self, keys: list[str], within_s: float) -> list[bytes]:
+    def _ask(self, keys: list[str], within_s: float) -> list[bytes] | None:
         with self._lock:
             self._number += 1
             self._socket.send(_encode(Ask(self._number, keys, within_s)))
+            within_s = within_s or self._timeout_s
             deadline = time.monotonic() + within_s
             while self._socket.poll(max(0, int((deadline - time.monotonic()) * 1000))):
                 answer = _decode_values(self._socket.recv())

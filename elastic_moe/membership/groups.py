@@ -26,8 +26,6 @@ from elastic_moe.membership.view import View
 Parcel = tuple[torch.Tensor, int, int]
 BUILD_TIMEOUT_S = 5.0
 """How long members of a new view wait for each other; they have all just asked for it."""
-
-
 TURN_S = 0.05
 """How long a rank may stay in a call after it has left the group, at the most."""
 BURY_S = 10.0
@@ -40,9 +38,13 @@ _NCCL = getattr(dist, "ProcessGroupNCCL", ())
 class Group:
     """One process group with a deadline on every call and errors that say what broke off."""
 
-    def __init__(self, backend: Any, abort: Callable[[Any], None], name: str, epoch: int, timeout_s: float) -> None:
-        """`abort(backend)` breaks off every call in flight, from another thread, and makes later ones fail."""
+    def __init__(
+        self, backend: Any, abort: Callable[[Any], None], store: EpochStore, name: str, epoch: int, timeout_s: float
+    ) -> None:
+        """`abort(backend)` breaks off every call in flight, from another thread, and makes later ones fail. `store` is
+        that of the backend, to be held as long as it."""
         self._backend = backend
+        self._store = store
         self._abort = abort
         self.on_cpu = not isinstance(backend, _NCCL)
         """Whether it takes tensors in host memory (gloo), and not those of a GPU (NCCL)."""
@@ -147,6 +149,17 @@ class Group:
         """
         self.all_reduce_max([0])
 
+    @contextlib.contextmanager
+    def patient(self, timeout_s: float) -> Iterator[None]:
+        """Calls in here have this deadline, in seconds."""
+        usual, self.timeout_s = self.timeout_s, timeout_s
+        self._backend._set_default_timeout(timedelta(seconds=timeout_s))
+        try:
+            yield
+        finally:
+            self.timeout_s = usual
+            self._backend._set_default_timeout(timedelta(seconds=usual))
+
     def abort(self) -> None:
         """Break off the call in flight, here and as soon as they notice at the peers; refuse every later one.
 
@@ -158,7 +171,7 @@ class Group:
             self._aborted = True
         if self.size > 1:
             self._abort(self._backend)
-            start_thread("bury", _bury, self._backend, on_error=end_process)
+            start_thread("bury", _bury, self._backend, self._store, on_error=end_process)
 
     def _refuse_if_aborted(self) -> None:
         if self._aborted:
@@ -206,10 +219,10 @@ class Group:
         return True
 
 
-def _bury(backend: Any) -> None:
+def _bury(backend: Any, store: EpochStore) -> None:
     """Hold the last reference to an aborted group: its end may wait for a call left behind, and nobody else has to."""
     time.sleep(BURY_S)
-    del backend
+    del backend, store
 
 
 class Posted:
@@ -257,13 +270,13 @@ class EpochGroups:
         self.epoch = view.epoch
         self.ranks = view.ranks
         self._view = view
+        self._offered = view.members[0].store
         self._rank = rank
         self._device = device
         self._timeout_s = timeout_s
         self._built: Future[tuple[Group, Group]] = Future()
         self._lock = threading.Lock()
         self._opened: list[Group] = []
-        self._stores: list[EpochStore] = []
         self._when_aborted: list[Callable[[], None]] = []
         self._left = False
 
@@ -297,7 +310,7 @@ class EpochGroups:
             PeerLost: a member did not come within `timeout_s`, or `abort` was called.
         """
         try:
-            group = self._group(_gloo, name, self._store(timeout_s), timeout_s, timeout_s)
+            group = self._group(_gloo, name, EpochStore(self._offered, timeout_s), timeout_s, timeout_s)
         except (RuntimeError, OSError) as error:
             raise PeerLost(f"group {name} of epoch {self.epoch}: {str(error).splitlines()[0]}") from error
         with self._lock:
@@ -329,18 +342,12 @@ class EpochGroups:
         if left:
             act()
 
-    def _store(self, timeout_s: float) -> dist.Store:
-        """A client of the store of the view's first member, under the prefix of this epoch."""
-        store = EpochStore(self._view.members[0].store, timeout_s)
-        self._stores.append(store)
-        return dist.PrefixStore(f"elastic_moe/{self.epoch}/{self._view.digest}", store)
-
     def _connect(self) -> None:
         try:
-            prefix = self._store(BUILD_TIMEOUT_S)
+            store = EpochStore(self._offered, BUILD_TIMEOUT_S)
             data = _gloo if self._device.type == "cpu" else _nccl
-            control = self._group(_gloo, "control", prefix, BUILD_TIMEOUT_S, self._timeout_s)
-            data = self._group(data, "data", prefix, BUILD_TIMEOUT_S, self._timeout_s)
+            control = self._group(_gloo, "control", store, BUILD_TIMEOUT_S, self._timeout_s)
+            data = self._group(data, "data", store, BUILD_TIMEOUT_S, self._timeout_s)
         except (RuntimeError, OSError) as error:
             self._fail(str(error).splitlines()[0])
             return
@@ -350,10 +357,11 @@ class EpochGroups:
             control.abort()
             data.abort()
 
-    def _group(self, make: "MakeBackend", name: str, prefix: dist.Store, build_s: float, timeout_s: float) -> Group:
-        backend, abort = make(dist.PrefixStore(name, prefix), self._view, self._rank, timedelta(seconds=build_s))
+    def _group(self, make: "MakeBackend", name: str, store: EpochStore, build_s: float, timeout_s: float) -> Group:
+        own = dist.PrefixStore(f"elastic_moe/{self.epoch}/{self._view.digest}/{name}", store)
+        backend, abort = make(own, self._view, self._rank, timedelta(seconds=build_s))
         backend._set_default_timeout(timedelta(seconds=timeout_s))
-        return Group(backend, abort, name, self.epoch, timeout_s)
+        return Group(backend, abort, store, name, self.epoch, timeout_s)
 
     def _fail(self, reason: str) -> None:
         with contextlib.suppress(InvalidStateError):  # they are built, or have failed before

@@ -1,6 +1,7 @@
 """ElasticMoELayer on 1 to 4 gloo ranks against the module it replaces."""
 
 import copy
+import time
 
 import pytest
 import torch
@@ -60,6 +61,22 @@ def forward_rank(launch, kind, dtype, redundant, num_tokens):
             return layer(hidden, index, weights)
         layer.join_idle()
         return hidden
+
+
+def load_slowly(launch):
+    runtime = ElasticRuntime.join(launch, device=torch.device("cpu"), exchange_timeout_s=0.5)
+    runtime.place(1, EXPERTS)
+    layer = wrap(build_experts("qwen3_moe", torch.float32), runtime)
+    time.sleep(2 * launch.rank)
+    runtime.hold([layer.experts])
+    runtime.groups.control.barrier()
+    assert runtime.groups.control.timeout_s == 0.5
+    runtime.close()
+    return True
+
+
+def test_a_rank_that_loads_longer_than_an_exchange_may_take_is_waited_for():
+    assert all(run_ranks(load_slowly, 2))
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])

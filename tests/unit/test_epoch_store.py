@@ -26,6 +26,8 @@ def test_what_one_client_puts_another_gets_under_its_prefix(server):
     one.set("epoch/a", "newer")
     assert one.get("epoch/a") == b"newer"
     other.wait(["epoch/a", "epoch/b"], timedelta(seconds=1))
+    assert other.check(["epoch/a", "epoch/b"])
+    assert not other.check(["epoch/a", "epoch/c"])
 
 
 def test_who_asks_first_waits_for_the_value(server):
