@@ -53,12 +53,15 @@ def make_random_model(folder: Path, seed: int, shape: dict[str, Any] = SHAPE) ->
     """Write a bfloat16 checkpoint, of `SHAPE` by default: 4 layers x 16 experts of 1.6M parameters (6.3 MB each in
     float32, 403 MB in all)."""
     import torch
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
     torch.manual_seed(seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with torch.device(device):
-        model: Any = Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape))
-    model.to(torch.bfloat16).save_pretrained(folder)
+    on_gpu = torch.cuda.is_available()
+    with torch.device("cuda" if on_gpu else "cpu"):
+        model: Any = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**shape), dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    del model
+    if on_gpu:
+        torch.cuda.empty_cache()  # for the ranks that will share this GPU
     for name in TOKENIZER:
         shutil.copy(REPO / "examples" / "demo_model" / name, folder)
