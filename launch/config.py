@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import re
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -80,4 +81,6 @@ def _one_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     key = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
     key = key or getattr(error, "override", None)  # of one that Hydra cannot parse
+    if found := re.match(r"Could not override '([^']+)'", lines[0]):
+        return f"{found[1]}: not a key of what is chosen; --help says what it is for"
     return f"{key}: {lines[0]}" if key else lines[0]

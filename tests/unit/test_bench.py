@@ -67,6 +67,7 @@ def test_help_and_no_torch():
         ("bench=nothing", f"bench=nothing: no such bench; choose one of {', '.join(NAMES)}"),
         ("bench.repeats=0", "bench.repeats=0: must be 1 or more"),
         ("bench.repeat=1", "unknown key 'bench.repeat'; did you mean bench.repeats"),
+        ("bench.device=cuda", "bench.device: not a key of what is chosen; --help says what it is for"),
         ("bench.seed=-1", "bench.seed=-1: must be 0 or more"),
         ("bench.name=serve", "bench.name='serve': must be one of "),
         ("bench.traces=/no/such", "bench.traces='/no/such': must be empty, or a folder that holds JSON files"),
