@@ -14,11 +14,11 @@ from typing import Any
 from rich.console import Console
 
 from launch.bench_config import BenchConfig
-from launch.bench_gpu_serve import ways
 from launch.chaos import Chaos
 from launch.chaos_config import ChaosRunConfig, server_overrides
 from launch.chaos_server import OwnServer
 from launch.config import load
+from launch.gpus import gpus_for, ways
 from launch.random_model import SHAPES, make_random_model
 
 KINDS = "calm,kill,kill_two,kill_in_recovery"
@@ -31,12 +31,7 @@ def run(config: BenchConfig) -> Iterator[dict[str, Any]]:
     Raises:
         ValueError: there is no GPU, or the server failed.
     """
-    import torch
-
-    if not torch.cuda.is_available():
-        raise ValueError("bench=gpu_recovery needs a GPU")
-    gpus = torch.cuda.device_count()
-    machine = f"{gpus} x {torch.cuda.get_device_name()}"
+    gpus, machine = gpus_for(config.name)
     with tempfile.TemporaryDirectory(prefix="gpu-model-") as folder:
         model = ["model=demo"]
         if config.model == "random":

@@ -3,8 +3,7 @@
 The model is Qwen3-MoE with random weights (`bench.shape`). Ranks get a GPU each where there are as many, and are then
 measured over NCCL too; else they share: then the figures show what sharing costs, not what more GPUs bring. One rank
 exchanges nothing. Texts are compared with those of one rank without graphs (`tokens_equal`): in bfloat16 other batches
-round otherwise. The limit beside each figure is that of reading every weight that a step needs once from the memory of
-the GPUs that there are.
+round otherwise. The limit beside each figure is that of each GPU reading the weights of its part of a step once.
 """
 
 import asyncio
@@ -19,6 +18,7 @@ import httpx
 from launch.bench_config import BenchConfig
 from launch.chaos_load import PROMPTS, Answer, Ask, Load, gaps_s
 from launch.chaos_server import START_TIMEOUT_S, OwnServer, Target
+from launch.gpus import gpus_for, ways
 from launch.random_model import SHAPES, bytes_per_step, make_random_model
 
 MEMORY_BYTES_PER_S = {"H100": 3.35e12, "H200": 4.3e12}
@@ -33,25 +33,15 @@ def run(config: BenchConfig) -> Iterator[dict[str, Any]]:
     Raises:
         ValueError: there is no GPU, or a server failed.
     """
-    import torch
-
-    if not torch.cuda.is_available():
-        raise ValueError("bench=gpu_serve needs a GPU")
-    gpus = torch.cuda.device_count()
-    machine = f"{gpus} x {torch.cuda.get_device_name()}"
+    gpus, machine = gpus_for(config.name)
     with tempfile.TemporaryDirectory(prefix="gpu-model-") as folder:
         make_random_model(Path(folder), config.seed, SHAPES[config.shape])
         wanted: dict[int, list[str]] = {}
         for ranks in config.rank_counts():
             for kind, graphs in ways(ranks, gpus):
                 for row in asyncio.run(_measure(folder, ranks, kind, graphs, config, wanted)):
+                    row["limit_itl_ms"] = _limit_ms(machine, config, row["streams"], min(ranks, gpus))
                     yield {"machine": machine, "ranks": ranks, "exchange": kind, "cuda_graphs": graphs, **row}
-
-
-def ways(ranks: int, gpus: int) -> list[tuple[str, bool]]:
-    """(`exchange.kind`, with CUDA graphs): NCCL takes no graphs, and a GPU for each rank."""
-    collective = [("collective", False)] if ranks <= gpus else []
-    return [*collective, *([("symmetric", False)] if ranks > 1 else []), ("symmetric", True)]
 
 
 async def _measure(
@@ -104,22 +94,18 @@ async def _stream(target: Target, streams: int, config: BenchConfig, wanted: dic
     texts = [answer.text for answer in load.answers]
     same = sum(text == other for text, other in zip(texts, wanted.setdefault(streams, texts), strict=True))
     gaps = sorted(gaps_s(load.answers))
-    step_bytes = bytes_per_step(SHAPES[config.shape], streams)
-    bandwidth = next((rate for name, rate in MEMORY_BYTES_PER_S.items() if name in _gpu_name()), 0.0)
     return {
         "streams": streams,
         "tokens_per_s": _num_tokens(load.answers) / seconds,
         "itl_ms": {"p50": gaps[len(gaps) // 2] * 1e3, "p99": gaps[int(len(gaps) * 0.99)] * 1e3},
-        "limit_itl_ms": step_bytes / bandwidth * 1e3 if bandwidth else None,
         "tokens_equal": same == len(texts),
         "texts_equal": f"{same}/{len(texts)}",
     }
 
 
-def _gpu_name() -> str:
-    import torch
-
-    return torch.cuda.get_device_name()
+def _limit_ms(machine: str, config: BenchConfig, streams: int, num_gpus: int) -> float | None:
+    rate = next((rate for name, rate in MEMORY_BYTES_PER_S.items() if name in machine), None)
+    return bytes_per_step(SHAPES[config.shape], streams, num_gpus) / rate * 1e3 if rate else None
 
 
 def _num_tokens(answers: Sequence[Answer]) -> int:

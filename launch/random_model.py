@@ -39,14 +39,14 @@ reading it."""
 SHAPES = {"small": SMALL, "qwen3_30b": QWEN3_30B}
 
 
-def bytes_per_step(shape: dict[str, Any], num_tokens: int) -> float:
-    """Weights that a decoding step of T tokens reads, in bfloat16: all dense ones, and experts as far as random
-    choices hit them."""
+def bytes_per_step(shape: dict[str, Any], num_tokens: int, num_gpus: int = 1) -> float:
+    """Weights that each GPU reads in a decoding step of T tokens, in bfloat16: all dense ones, and its share of the
+    experts as far as random choices hit them."""
     hidden, heads = shape["hidden_size"], shape["num_attention_heads"] + shape["num_key_value_heads"]
     attention = 2 * hidden * shape["head_dim"] * heads
     hit = 1 - (1 - shape["num_experts_per_tok"] / shape["num_experts"]) ** num_tokens
     experts = hit * shape["num_experts"] * 3 * hidden * shape["moe_intermediate_size"]
-    return 2 * (shape["num_hidden_layers"] * (attention + experts) + hidden * shape["vocab_size"])
+    return 2 * (shape["num_hidden_layers"] * (attention + experts / num_gpus) + hidden * shape["vocab_size"])
 
 
 def make_random_model(folder: Path, seed: int, shape: dict[str, Any] = SHAPE) -> None:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from launch.bench_config import NAMES, BenchRunConfig
-from launch.bench_gpu_serve import ways
 from launch.config import REPO, load
+from launch.gpus import ways
 from launch.random_model import SHAPES, bytes_per_step
 
 KEYS = {"algorithm", "trace", "layers", "experts", "slots", "ranks", "ms", "max_mean", "max_mean_other", "moved_share"}
