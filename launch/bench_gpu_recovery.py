@@ -16,6 +16,7 @@ from rich.console import Console
 from launch.bench_config import BenchConfig
 from launch.chaos import Chaos
 from launch.chaos_config import ChaosRunConfig, server_overrides
+from launch.chaos_faults import schedule
 from launch.chaos_server import OwnServer
 from launch.config import load
 from launch.gpus import gpus_for, ways
@@ -62,6 +63,7 @@ def _break_it(config: BenchConfig, chosen: list[str]) -> dict[str, Any]:
             found = asyncio.run(Chaos(chaos.chaos, server, Console(stderr=True)).run())
         except RuntimeError as error:
             raise ValueError(f"{error} (what the server said: {server.folder})") from error
-    repair_s = found["phase_ms"]["repair"]["p50"] / 1e3
-    restored = sum(found["bytes_by_source"].values()) / max(1, found["faults"]["counted"])
-    return found | {"restored_gb_per_s": restored / repair_s / 1e9 if repair_s else None}
+    faults = schedule(config.seed, config.repeats, chaos.chaos.kind_names(), [0] * config.ranks)
+    restored = sum(found["bytes_by_source"].values()) / max(1, sum(fault.kind != "calm" for fault in faults))
+    repair_s = found["phase_ms"].get("repair", {"p50": 0.0})["p50"] / 1e3
+    return found | {"restored_gb_per_s": restored / repair_s / 1e9 if restored and repair_s else None}

@@ -22,7 +22,7 @@ timeout 120 "$python" launch/bench_exchange.py "ranks=$gpus" hidden=4096,7168 to
 cut -c1-400 "$out/exchange.jsonl"
 bench serve_small 300 bench=gpu_serve "bench.rank_list=1,$gpus" bench.stream_list=1,32,256
 bench recovery_demo 400 bench=gpu_recovery "bench.ranks=$gpus" bench.dtype=float32
-bench recovery_experts 400 bench=gpu_recovery "bench.ranks=$gpus" bench.model=random bench.redundant_slots=8
+bench recovery_experts 400 bench=gpu_recovery "bench.ranks=$gpus" bench.model=random bench.redundant_slots=0
 bench rebalance 400 bench=rebalance bench.device=cuda "bench.ranks=$gpus" bench.model=random bench.dtype=bfloat16 \
     bench.threshold=1.0
 bench serve_30b 590 bench=gpu_serve bench.shape=qwen3_30b "bench.rank_list=1,$gpus" bench.stream_list=1,32,256
