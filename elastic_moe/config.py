@@ -147,7 +147,9 @@ class ServingConfig:
     max_batch_tokens: int = _key(512, "tokens one rank puts into one forward step")
     kv_cache_tokens: int = _key(32768, "tokens the paged KV cache of one rank holds")
     page_size: int = _key(32, "tokens in one page of the KV cache (power of two, 4 or more)")
-    cuda_graphs: bool = _key(True, "capture forwards in CUDA graphs: bfloat16, with exchange.kind=symmetric")
+    cuda_graphs: bool = _key(
+        True, "with exchange.kind=symmetric: forwards in CUDA graphs, if no layer waits for the GPU"
+    )
     graph_tokens: int = _key(16, "a captured forward is padded to a multiple of so many tokens")
     prefix_caching: bool = _key(True, "share KV pages between requests with the same beginning")
 

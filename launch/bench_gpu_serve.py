@@ -17,13 +17,12 @@ import httpx
 
 from launch.bench_config import BenchConfig
 from launch.chaos_load import PROMPTS, Answer, Ask, Load, gaps_s
-from launch.chaos_server import START_TIMEOUT_S, OwnServer, Target
+from launch.chaos_server import OwnServer, Target
 from launch.gpus import gpus_for, ways
 from launch.random_model import SHAPES, bytes_per_step, make_random_model
 
 MEMORY_BYTES_PER_S = {"H100": 3.35e12, "H200": 4.3e12}
 """Datasheet of the H100, measured on the H200 (docs/performance.md)."""
-POLL_S = 0.2
 WARM_UP_TOKENS = 8
 
 
@@ -63,23 +62,13 @@ async def _measure(
     with OwnServer(ranks, 1, overrides) as server:
         try:
             target = Target(await server.url())
-            await _until_it_serves(target, ranks)
+            await target.until_all_serve(ranks)
             rows = [await _stream(target, streams, config, wanted) for streams in config.stream_counts()]
+            await target.close()
         except (RuntimeError, httpx.HTTPError) as error:
             raise ValueError(f"{error or type(error).__name__} (what the server said: {server.folder})") from error
         server.forget_output()
     return rows
-
-
-async def _until_it_serves(target: Target, ranks: int) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while True:
-        status = await target.status()
-        if status["phase"] == "serving" and len(status["members"]) == ranks:
-            return
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"not all ranks serve at {target.url} after {START_TIMEOUT_S:.0f} s")
-        await asyncio.sleep(POLL_S)
 
 
 async def _stream(target: Target, streams: int, config: BenchConfig, wanted: dict[int, list[str]]) -> dict[str, Any]:

@@ -23,14 +23,13 @@ import numpy as np
 from elastic_moe.placement.balancedness import balancedness
 from launch.bench_config import BenchConfig
 from launch.chaos_load import PROMPTS, Ask, Load
-from launch.chaos_server import START_TIMEOUT_S, OwnServer, Target
+from launch.chaos_server import OwnServer, Target
 from launch.random_model import SHAPE, SHAPES, make_random_model
 from launch.rebalance_summary import MODES, Window, summary
 
 NUM_SCRIPTURE = 12
 """The first of PROMPTS are of scripture, the others of Python and Debian."""
 WARM_UP_TOKENS = 4
-POLL_S = 0.1
 ON_GPU = ("exchange.kind=symmetric", "eplb.link_gb_per_s=100", "eplb.mb_per_step=64", "elastic.hang_timeout_s=60")
 """Experts go from memory to memory of a GPU, or over NVLink."""
 
@@ -78,15 +77,8 @@ def _overrides(config: BenchConfig, stack: ExitStack) -> list[str]:
 
 async def _until_it_serves(server: OwnServer, num_ranks: int) -> None:
     target = Target(await server.url())
-    deadline = time.monotonic() + START_TIMEOUT_S
     try:
-        while True:
-            status = await target.status()
-            if status["phase"] == "serving" and len(status["members"]) == num_ranks:
-                return
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"not all ranks serve at {target.url} after {START_TIMEOUT_S:.0f} s")
-            await asyncio.sleep(POLL_S)
+        await target.until_all_serve(num_ranks)
     finally:
         await target.close()
 

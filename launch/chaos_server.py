@@ -20,6 +20,7 @@ import psutil
 REPO = Path(__file__).resolve().parent.parent
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 20.0
+POLL_S = 0.1
 
 
 class Target:
@@ -45,6 +46,17 @@ class Target:
     async def loads(self) -> dict[str, Any]:
         """/elastic/loads."""
         return await self._get("/elastic/loads")
+
+    async def until_all_serve(self, num_ranks: int) -> None:
+        """Wait until so many ranks serve; RuntimeError when they do not in time."""
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while True:
+            status = await self.status()
+            if status["phase"] == "serving" and len(status["members"]) == num_ranks:
+                return
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"not all ranks serve at {self.url} after {START_TIMEOUT_S:.0f} s")
+            await asyncio.sleep(POLL_S)
 
     async def close(self) -> None:
         """Close the connections."""

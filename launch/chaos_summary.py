@@ -98,7 +98,8 @@ def summary(rounds: Sequence[Round], wanted: Sequence[Answer], planned: int) -> 
         planned: faults that were to come.
     """
     kinds = sorted({one.fault.kind for one in rounds})
-    verdicts = Counter(compare(w, a) for one in rounds for w, a in zip(wanted, one.answers, strict=True))
+    judged = [(one.fault.kind, compare(w, a)) for one in rounds for w, a in zip(wanted, one.answers, strict=True)]
+    verdicts = Counter(verdict for _, verdict in judged)
     gaps = [gap * 1e3 for one in rounds for gap in gaps_s(one.answers)]
     phases: dict[str, list[float]] = {phase: [] for phase in PHASES}
     for one in rounds:
@@ -112,15 +113,7 @@ def summary(rounds: Sequence[Round], wanted: Sequence[Answer], planned: int) -> 
         "requests": verdicts.total(),
         "finished": verdicts.total() - verdicts[Verdict.UNFINISHED],
         "mismatched": verdicts[Verdict.MISMATCHED],
-        "mismatched_by_kind": {
-            kind: sum(
-                compare(w, a) is Verdict.MISMATCHED
-                for one in rounds
-                if one.fault.kind == kind
-                for w, a in zip(wanted, one.answers, strict=True)
-            )
-            for kind in kinds
-        },
+        "mismatched_by_kind": {kind: judged.count((kind, Verdict.MISMATCHED)) for kind in kinds},
         "duplicated": verdicts[Verdict.DUPLICATED],
         "lost": verdicts[Verdict.LOST],
         "faults": {

@@ -89,6 +89,9 @@ POINTS: Mapping[str, tuple[Any, str]] = {
 }
 """Where a rank can die: at the call of these; besides `between` (after a forward) and `vote`."""
 
+OF_THE_WORK = ("between", "in a replay")
+"""Points at which the work itself dies: after a forward; on a GPU, while its kernels run (`gpu/graph_ranks.py`)."""
+
 BUG = "bug in a thread"
 """Another `point`: the thread that gives weights to newcomers raises, and the rank is to end by itself."""
 
@@ -126,7 +129,7 @@ def set_trap(death: Death) -> None:
         Recovery._phase = wrapped_phase  # pyright: ignore[reportAttributeAccessIssue]
     elif death.point == BUG:
         peers._copy_of = lambda *_: 1 // 0  # pyright: ignore[reportAttributeAccessIssue]
-    elif death.point != "between":
+    elif death.point not in OF_THE_WORK:
         owner, name = POINTS[death.point]
         original = getattr(owner, name)
 
@@ -262,7 +265,7 @@ class _Seats:
             logs = "\n".join(f"--- rank {r}:\n{(self._folder / f'log-{r}').read_text()[-5000:]}" for r in range(WORLD))
             raise AssertionError(f"ranks ended with {codes} after lives {self._lives}\n{logs}")
         assert sum(self._lives) == self._deaths, f"lives {self._lives}: not every death came"
-        logits = {(r, s): torch.load(_path(self._folder, r, s)) for r in range(WORLD) for s in range(STEPS)}
+        logits = {(r, s): torch.load(result_path(self._folder, r, s)) for r in range(WORLD) for s in range(STEPS)}
         return logits, [torch.load(self._folder / f"end-{r}", weights_only=False) for r in range(WORLD)]
 
     def _start(self, rank: int, rejoin: View | None) -> Any:
@@ -296,11 +299,11 @@ class _Seats:
         self._processes[rank] = self._start(rank, self._views()[-1])
 
 
-def _path(folder: Path, rank: int, step: int) -> Path:
+def result_path(folder: Path, rank: int, step: int) -> Path:
     return folder / f"logits-{rank}-{step}"
 
 
-def _write(path: Path, write: Callable[[Path], object]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Whole or not at all."""
     write(part := path.with_name(f"part-{path.name}"))
     part.rename(path)
@@ -323,8 +326,8 @@ def usage_of(process: psutil.Process) -> tuple[float, int, int, int]:
     return time.monotonic(), process.memory_info().rss, process.num_fds(), process.num_threads()
 
 
-def begin_life(start: bytes, life: int, folder: Path) -> SeatStart:
-    """Who this process is; what it says goes to a file."""
+def begin_life(start: bytes, life: int, folder: Path, deaths: Sequence[Death]) -> tuple[SeatStart, list[Death]]:
+    """Who this process is, and what deaths it has to die, its traps set; what it says goes to a file."""
     seat = msgspec.json.decode(start, type=SeatStart)
     log = os.open(folder / f"log-{seat.launch.rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(log, 1)
@@ -332,7 +335,10 @@ def begin_life(start: bytes, life: int, folder: Path) -> SeatStart:
     logging.basicConfig(level="DEBUG", stream=sys.stderr, format=f"%(asctime)s life {life} %(name)s %(message)s")
     faulthandler.register(signal.SIGUSR1, file=sys.__stderr__, all_threads=True)
     torch.set_num_threads(1)
-    return seat
+    mine = [death for death in deaths if (death.rank, death.life) == (seat.launch.rank, life)]
+    for death in mine:
+        set_trap(death)
+    return seat, mine
 
 
 def tell_views(runtime: ElasticRuntime, folder: Path, seen: Callable[[], object]) -> None:
@@ -340,7 +346,7 @@ def tell_views(runtime: ElasticRuntime, folder: Path, seen: Callable[[], object]
 
     def tell(view: View) -> None:
         seen()
-        _write(folder / f"view-{runtime.rank}", lambda part: part.write_bytes(msgspec.json.encode(view)))
+        write_whole(folder / f"view-{runtime.rank}", lambda part: part.write_bytes(msgspec.json.encode(view)))
 
     if runtime.view.has(runtime.rank, runtime.seat.member.incarnation):
         tell(runtime.view)
@@ -370,11 +376,8 @@ def end_life(runtime: ElasticRuntime, folder: Path, **more: Any) -> None:
 def _work(
     start: bytes, life: int, folder: Path, checkpoint: Path, deaths: Sequence[Death], redundant_slots: int, rounds: int
 ) -> None:
-    seat = begin_life(start, life, folder)
+    seat, mine = begin_life(start, life, folder, deaths)
     rank = seat.launch.rank
-    mine = [death for death in deaths if (death.rank, death.life) == (rank, life)]
-    for death in mine:
-        set_trap(death)
     eplb = EplbConfig(mode="async" if rounds else "off", half_life_steps=2, interval_s=0.2, mb_per_step=0.001)
     runtime = ElasticRuntime.join(seat, device=torch.device("cpu"), exchange_timeout_s=30, eplb=eplb)
 
@@ -386,11 +389,11 @@ def _work(
     )
     with torch.inference_mode():
         for step in range(STEPS):
-            if not _path(folder, rank, step).exists():
+            if not result_path(folder, rank, step).exists():
                 logits = runtime.run(lambda step=step: model(tokens_of(rank, step)).logits)
                 if any(death.point == "between" and death.nth == step for death in mine):
                     die()
-                _write(_path(folder, rank, step), lambda part, logits=logits: torch.save(logits, part))
+                write_whole(result_path(folder, rank, step), lambda part, logits=logits: torch.save(logits, part))
             for number in range(rounds):
                 moved += rebalance(runtime, lambda at=step * rounds + number: model(tokens_of(rank, STEPS + at)))
                 usage.append(usage_of(process))

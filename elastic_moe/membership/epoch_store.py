@@ -15,8 +15,8 @@ import zmq
 
 from elastic_moe.background import end_process, start_thread
 
-KEEP_S = 120.0
-"""How long a value is kept: longer than any group may take to be built."""
+KEEP_S = 600.0
+"""How long a value is kept. The members of a group come to it within seconds of each other, whatever its deadline."""
 
 
 class Put(msgspec.Struct, tag="put", frozen=True):

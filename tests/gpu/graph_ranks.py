@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from elastic_harness import STEPS, Death, _path, _write, begin_life, die, end_life, rebalance, set_trap, tell_views
+from elastic_harness import STEPS, Death, begin_life, die, end_life, rebalance, result_path, tell_views, write_whole
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from elastic_moe.config import EplbConfig, ExchangeConfig
@@ -86,12 +86,8 @@ def work(
     start: bytes, life: int, folder: Path, checkpoint: Path, deaths: Sequence[Death], redundant_slots: int, rounds: int
 ) -> None:
     """What a rank does; see `elastic_harness.run_cluster`."""
-    seat = begin_life(start, life, folder)
+    seat, mine = begin_life(start, life, folder, deaths)
     rank = seat.launch.rank
-    mine = [death for death in deaths if (death.rank, death.life) == (rank, life)]
-    for death in mine:
-        if death.point != IN_REPLAY:
-            set_trap(death)
     dies_at = {death.nth for death in mine if death.point == IN_REPLAY}
     device = torch.device("cuda", rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
@@ -117,8 +113,8 @@ def work(
     with torch.inference_mode():
         for step in range(STEPS):
             out = runtime.run(lambda step=step: forward(step))
-            if not _path(folder, rank, step).exists():
-                _write(_path(folder, rank, step), lambda part, out=out: torch.save(out.cpu(), part))
+            if not result_path(folder, rank, step).exists():
+                write_whole(result_path(folder, rank, step), lambda part, out=out: torch.save(out.cpu(), part))
             for number in range(rounds):
                 moved += rebalance(runtime, lambda at=step * rounds + number: forward(STEPS + at))
     last = runtime.run(lambda: forward(STEPS)).cpu()
