@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-log = logging.getLogger("elastic_moe.background")
+log = logging.getLogger(__name__)
 
 OnError = Callable[[BaseException], None]
 

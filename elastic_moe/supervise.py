@@ -12,10 +12,10 @@ import os
 import sys
 from pathlib import Path
 
-from elastic_moe.membership.channel import Ready, SeatStart
-from elastic_moe.membership.launch import SUPERVISOR_FD, Launch
-from elastic_moe.membership.rank_supervisor import SEAT, Limits, RankSupervisor
-from elastic_moe.membership.supervisor import Child, Event
+from elastic_moe.membership.launch import SUPERVISOR_FD, Launch, SeatStart
+from elastic_moe.supervision.channel import Ready
+from elastic_moe.supervision.rank_supervisor import SEAT, Limits, RankSupervisor
+from elastic_moe.supervision.supervisor import Child, Event
 
 
 class ScriptSupervisor(RankSupervisor):

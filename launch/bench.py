@@ -18,7 +18,7 @@ from typing import Any, Protocol, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from launch.bench_config import BenchConfig, BenchRunConfig
+from launch.benchmarks.config import BenchConfig, BenchRunConfig
 from launch.config import help_text, load
 
 USAGE = "usage: python launch/bench.py [bench=NAME] [bench.KEY=VALUE ...]"
@@ -47,7 +47,7 @@ class PlottedBenchmark(Benchmark, Protocol):
 
 def run(config: BenchConfig) -> None:
     """Run, print and draw. ValueError when that cannot work, before anything is measured."""
-    benchmark = cast(Benchmark, importlib.import_module(f"launch.bench_{config.name}"))
+    benchmark = cast(Benchmark, importlib.import_module(f"launch.benchmarks.{config.name}"))
     if config.plot and not hasattr(benchmark, "plot"):
         raise ValueError(f"bench.plot={config.plot!r}: bench={config.name} draws nothing")
     if config.plot and importlib.util.find_spec("matplotlib") is None:

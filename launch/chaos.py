@@ -31,13 +31,13 @@ import httpx
 import psutil
 from rich.console import Console
 
-from launch.chaos_config import ChaosConfig, ChaosRunConfig, server_overrides
-from launch.chaos_disk import flip_experts
-from launch.chaos_faults import Fault, Fired, fire, schedule
-from launch.chaos_load import Answer, Ask, Load, Verdict, compare, make_asks
-from launch.chaos_server import START_TIMEOUT_S, OwnServer, Target
-from launch.chaos_summary import Round, is_good, longest_wait, placement_fault, summary
 from launch.config import help_text, load
+from launch.faults.config import ChaosConfig, ChaosRunConfig, server_overrides
+from launch.faults.disk import flip_experts
+from launch.faults.kinds import Fault, Fired, fire, schedule
+from launch.faults.load import Answer, Ask, Load, Verdict, compare, make_asks
+from launch.faults.server import START_TIMEOUT_S, OwnServer, Target
+from launch.faults.summary import Round, is_good, longest_wait, placement_fault, summary
 
 USAGE = "usage: python launch/chaos.py [chaos.KEY=VALUE ...] [what launch/serve.py takes ...]"
 POLL_S = 0.1

@@ -17,9 +17,9 @@ sys.path.insert(0, REPO)
 
 from elastic_moe.config import ServeConfig
 from elastic_moe.membership.launch import Launch
-from elastic_moe.membership.supervisor import complain
-from elastic_moe.serving.listener import listen
-from elastic_moe.serving.supervision import ServeSupervisor
+from elastic_moe.serving.front_end.listener import listen
+from elastic_moe.serving.supervisor import ServeSupervisor
+from elastic_moe.supervision.supervisor import complain
 from launch.config import help_text, load
 
 USAGE = "usage: torchrun [--nnodes N] --nproc-per-node RANKS launch/serve.py [GROUP=OPTION ...] [KEY=VALUE ...]"

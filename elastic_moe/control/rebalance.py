@@ -16,8 +16,8 @@ import torch
 from elastic_moe.config import EplbConfig
 from elastic_moe.control.report import RebalanceReport
 from elastic_moe.errors import TransferFailed
-from elastic_moe.membership.groups import Group
-from elastic_moe.membership.view import View
+from elastic_moe.group.groups import Group
+from elastic_moe.group.view import View
 from elastic_moe.placement.balancedness import MoveCost, balancedness, worth_moving
 from elastic_moe.placement.chunks import chunks
 from elastic_moe.placement.placement import EMPTY, Placement
@@ -27,7 +27,7 @@ from elastic_moe.placement.transfers import SOURCES, Distance, Move, TransferPla
 from elastic_moe.transport.staging import MEGABYTE, Staging, Transfer
 from elastic_moe.weights.store import ExpertStore
 
-log = logging.getLogger("elastic_moe.rebalance")
+log = logging.getLogger(__name__)
 
 Swap = Callable[[Callable[[], None]], None]
 """Runs a function in the step loop, on all ranks before the same step, and waits until it has run."""

@@ -17,10 +17,10 @@ import torch
 from elastic_moe.control.other_disks import Unread, read_elsewhere
 from elastic_moe.control.report import Report
 from elastic_moe.errors import DigestMismatch, PeerLost, TransferFailed
+from elastic_moe.group.groups import EpochGroups
+from elastic_moe.group.view import Member, View
 from elastic_moe.membership.current_epoch import CurrentEpoch
-from elastic_moe.membership.groups import EpochGroups
 from elastic_moe.membership.quorum import Membership
-from elastic_moe.membership.view import Member, View
 from elastic_moe.placement.placement import EMPTY, Placement, fewest_slots
 from elastic_moe.placement.repair import grow, lower_bound_moves, repair
 from elastic_moe.placement.topology import Topology
@@ -28,7 +28,7 @@ from elastic_moe.placement.transfers import SOURCES, Distance, TransferPlan, pla
 from elastic_moe.transport.group import move_experts
 from elastic_moe.weights.store import UNKNOWN, ExpertStore
 
-log = logging.getLogger("elastic_moe.recovery")
+log = logging.getLogger(__name__)
 
 DEADLINE_S = 60.0
 MOVES_IN_FLIGHT = 64

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable
 
 from elastic_moe.errors import PeerLost
-from elastic_moe.membership.step_barrier import StepBarrier
+from elastic_moe.group.step_barrier import StepBarrier
 
 
 class StepGate:

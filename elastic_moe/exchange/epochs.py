@@ -13,13 +13,13 @@ from elastic_moe.errors import PeerLost
 from elastic_moe.exchange.collective import CollectiveExchange
 from elastic_moe.exchange.interface import TokenExchange
 from elastic_moe.exchange.layout import ExchangeLayout
-from elastic_moe.membership.groups import EpochGroups
-from elastic_moe.membership.view import Member, View
+from elastic_moe.group.groups import EpochGroups
+from elastic_moe.group.view import Member, View
 
 if TYPE_CHECKING:
     from elastic_moe.exchange.symmetric import SymmetricExchange
 
-log = logging.getLogger("elastic_moe.exchange")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

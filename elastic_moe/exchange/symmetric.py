@@ -17,8 +17,8 @@ from elastic_moe.exchange import symmetric_kernels
 from elastic_moe.exchange.interface import Dispatched, TokenExchange
 from elastic_moe.exchange.layout import ExchangeLayout, power_of_2
 from elastic_moe.exchange.signal_kernels import ABORT, ALIVE, EPOCH, ERROR, LEFT, OVERFLOW, PATIENCE_NS, STATE_SIZE
-from elastic_moe.membership.view import View
-from elastic_moe.transport.peer_memory import PeerMemory
+from elastic_moe.group.view import View
+from elastic_moe.memory.peer_memory import PeerMemory
 
 _kernels: Any = symmetric_kernels
 CHUNK = 128

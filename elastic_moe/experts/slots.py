@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from elastic_moe.experts.grouped import FusedExperts, fused_experts, has_post_expert_norm
-from elastic_moe.weights.layout import ExpertLayout
+from elastic_moe.experts.layout import ExpertLayout
 
 
 class SlotExperts(nn.Module):

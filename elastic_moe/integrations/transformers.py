@@ -10,17 +10,17 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from elastic_moe.exchange.epochs import TokenShape
+from elastic_moe.experts.layout import ExpertLayout
 from elastic_moe.experts.slots import SlotExperts
 from elastic_moe.layer import ElasticMoELayer
 from elastic_moe.placement.placement import EMPTY
 from elastic_moe.runtime import ElasticRuntime
 from elastic_moe.weights.checkpoint import CheckpointReader
 from elastic_moe.weights.conversion import target_dtypes
-from elastic_moe.weights.layout import ExpertLayout
 from elastic_moe.weights.materialize import materialize, set_tensor
 from elastic_moe.weights.peers import Peers
 
-log = logging.getLogger("elastic_moe.weights")
+log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 """Called with (bytes read so far, bytes to read in all) while a checkpoint is loaded."""

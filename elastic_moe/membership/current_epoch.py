@@ -11,12 +11,12 @@ from typing import Any
 
 from elastic_moe.background import OnError
 from elastic_moe.errors import PeerLost
-from elastic_moe.membership.groups import EpochGroups
+from elastic_moe.group.groups import EpochGroups
+from elastic_moe.group.view import Member, View
 from elastic_moe.membership.quorum import Membership
 from elastic_moe.membership.signals import AskView, Knock, PeerDied, Signals
-from elastic_moe.membership.view import Member, View
 
-log = logging.getLogger("elastic_moe.membership")
+log = logging.getLogger(__name__)
 
 
 class CurrentEpoch:

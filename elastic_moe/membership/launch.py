@@ -1,10 +1,11 @@
-"""What torchrun tells a process about its place in the launch."""
+"""A process's place: what torchrun tells it of the launch, and its supervisor of the seat."""
 
 import socket
 from collections.abc import Mapping
 
 import msgspec
 
+from elastic_moe.group.view import View
 from elastic_moe.placement.topology import Topology
 
 SUPERVISOR_FD = "ELASTIC_MOE_SUPERVISOR_FD"
@@ -58,6 +59,19 @@ class Launch(msgspec.Struct, frozen=True):
             )
         except KeyError as missing:
             raise ValueError(f"RANK is set but {missing} is not: start with torchrun, or with neither") from None
+
+
+class SeatStart(msgspec.Struct, tag="seat", frozen=True):
+    """Supervisor -> the process of a rank, first of all: who you are."""
+
+    launch: Launch
+    lighthouse: str = ""
+    """URL of the lighthouse on this node, for the rank that announces it."""
+    signals_port: int = 0
+    """Where to hear the words of members: the same in all lives of a seat, so that whoever was away can still knock
+    when nobody whom it knew is left."""
+    rejoin: View | None = None
+    """The last view known, for a process that takes the seat of a dead one; None at the first start."""
 
 
 def host_of(launch: Launch) -> str:

@@ -21,7 +21,7 @@ from torchft.coordination import LighthouseClient
 
 from elastic_moe.background import OnError, end_process, start_thread
 from elastic_moe.errors import PeerLost
-from elastic_moe.membership.view import Member, View
+from elastic_moe.group.view import Member, View
 
 HEARTBEAT_S = 0.1
 HEARTBEAT_TIMEOUT_MS = 1000
@@ -41,7 +41,7 @@ SPOKEN_FOR_S = 3.0
 """How long after its end a process is spoken for: longer than its last heartbeat can count."""
 
 Answer = TypeVar("Answer")
-log = logging.getLogger("elastic_moe.membership")
+log = logging.getLogger(__name__)
 
 
 class Membership:

@@ -8,11 +8,10 @@ import msgspec
 import torch.distributed as dist
 
 from elastic_moe.errors import PeerLost
-from elastic_moe.membership.channel import SeatStart
-from elastic_moe.membership.epoch_store import StoreServer
-from elastic_moe.membership.launch import Launch, host_of
+from elastic_moe.group.epoch_store import StoreServer
+from elastic_moe.group.view import Member, View
+from elastic_moe.membership.launch import Launch, SeatStart, host_of
 from elastic_moe.membership.signals import Signals
-from elastic_moe.membership.view import Member, View
 
 
 class Seat:

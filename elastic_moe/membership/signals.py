@@ -17,9 +17,9 @@ import msgspec
 import zmq
 
 from elastic_moe.background import OnError, end_process, start_thread
-from elastic_moe.membership.view import Member, View
+from elastic_moe.group.view import Member, View
 
-log = logging.getLogger("elastic_moe.membership")
+log = logging.getLogger(__name__)
 
 PING_S = 0.5
 LINGER_MS = 500

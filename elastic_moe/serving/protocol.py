@@ -8,7 +8,7 @@ token that arrives twice is recognised and dropped.
 import msgspec
 
 from elastic_moe.control.report import RebalanceReport, Report
-from elastic_moe.membership.view import View
+from elastic_moe.group.view import View
 
 
 class Sampling(msgspec.Struct, frozen=True):

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from elastic_moe.membership.view import View
-from elastic_moe.transport.peer_memory import PeerMemory
+from elastic_moe.group.view import View
+from elastic_moe.memory.peer_memory import PeerMemory
 
 
 class PeerStaging:

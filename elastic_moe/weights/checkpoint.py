@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from elastic_moe.errors import CheckpointError
+from elastic_moe.experts.layout import ExpertLayout
 from elastic_moe.weights.conversion import Conversion, target_dtypes
-from elastic_moe.weights.layout import ExpertLayout
 from elastic_moe.weights.plan import Access, Step, make_plan
 from elastic_moe.weights.shards import Shards
 

@@ -13,7 +13,7 @@ import torch
 import zmq
 
 from elastic_moe.background import OnError, end_process, start_thread
-from elastic_moe.membership.view import Member
+from elastic_moe.group.view import Member
 from elastic_moe.weights.digest import digest
 from elastic_moe.weights.store import ExpertStore
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from elastic_moe.errors import CheckpointError
+from elastic_moe.experts.layout import ExpertLayout
 from elastic_moe.weights.conversion import Conversion, Recipe, merges_experts, treats_experts_alone
-from elastic_moe.weights.layout import ExpertLayout
 from elastic_moe.weights.shards import Shards
 
 if TYPE_CHECKING:

@@ -7,15 +7,15 @@ import time
 
 import pytest
 import torch
-from harness import run_ranks
+from support.harness import run_ranks
 
 from elastic_moe.errors import PeerLost
 from elastic_moe.exchange.collective import CollectiveExchange
-from elastic_moe.membership.channel import SeatStart
-from elastic_moe.membership.groups import EpochGroups
+from elastic_moe.membership.launch import SeatStart
+from elastic_moe.group.groups import EpochGroups
 from elastic_moe.membership.launch import Launch
 from elastic_moe.membership.rendezvous import Seat, meet
-from elastic_moe.membership.view import Member, View
+from elastic_moe.group.view import Member, View
 
 HIDDEN = 5
 

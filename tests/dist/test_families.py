@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from families import FAMILIES, build
-from harness import run_ranks
+from support.families import FAMILIES, build
+from support.harness import run_ranks
 
 from elastic_moe.integrations.transformers import elasticize, meta_model
 from elastic_moe.runtime import ElasticRuntime

@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from harness import run_ranks
+from support.harness import run_ranks
 from transformers import GptOssConfig, Qwen3MoeConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
@@ -13,7 +13,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from elastic_moe.experts.slots import SlotExperts
 from elastic_moe.layer import ElasticMoELayer
 from elastic_moe.runtime import ElasticRuntime
-from elastic_moe.weights.layout import ExpertLayout
+from elastic_moe.experts.layout import ExpertLayout
 
 HIDDEN, INTER, EXPERTS, TOP_K = 16, 12, 7, 3
 

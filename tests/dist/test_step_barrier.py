@@ -7,14 +7,14 @@ import time
 
 import pytest
 import torch
-from harness import run_ranks
+from support.harness import run_ranks
 
 from elastic_moe.control.step_gate import StepGate
 from elastic_moe.errors import PeerLost
-from elastic_moe.membership.channel import SeatStart
-from elastic_moe.membership.groups import EpochGroups
+from elastic_moe.membership.launch import SeatStart
+from elastic_moe.group.groups import EpochGroups
 from elastic_moe.membership.rendezvous import Seat, meet
-from elastic_moe.membership.step_barrier import MARGIN, StepBarrier
+from elastic_moe.group.step_barrier import MARGIN, StepBarrier
 
 
 def build(launch, timeout_s=20.0):

@@ -9,14 +9,14 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from serving_harness import REPOSITORY, Server, torchrun
+from support.serving_harness import REPOSITORY, Server, torchrun
 
-from launch.chaos_config import KINDS, ChaosRunConfig, server_overrides
-from launch.chaos_disk import flip_experts
-from launch.chaos_faults import AFTER, Fault, schedule
-from launch.chaos_load import LENGTHS, Answer, Verdict, compare, gaps_s, make_asks, percentile
-from launch.chaos_summary import Round, is_good, longest_wait, placement_fault, summary
 from launch.config import load
+from launch.faults.config import KINDS, ChaosRunConfig, server_overrides
+from launch.faults.disk import flip_experts
+from launch.faults.kinds import AFTER, Fault, schedule
+from launch.faults.load import LENGTHS, Answer, Verdict, compare, gaps_s, make_asks, percentile
+from launch.faults.summary import Round, is_good, longest_wait, placement_fault, summary
 
 TWO_NODES = [0, 0, 1, 1]
 

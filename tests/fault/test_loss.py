@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 from openai import AsyncOpenAI
-from serving_harness import Server, torchrun, wait_until
+from support.serving_harness import Server, torchrun, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("fault-server"), pytest.mark.timeout(170)]
 
@@ -129,7 +129,7 @@ async def _resume_later(server: Server, pid: int) -> list[str]:
 
 def test_the_front_end_is_replaced_behind_its_port(server, undisturbed):
     wait_until_whole(server)
-    front_end = next(p for p in server.processes() if "elastic_moe.serving.frontend" in p.cmdline())
+    front_end = next(p for p in server.processes() if "elastic_moe.serving.front_end.process" in p.cmdline())
     front_end.kill()
     wait_until(lambda: _healthy(server), 60.0, "a new front end answers")
     assert run_streams(server) == undisturbed

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from serving_harness import REPOSITORY
+from support.serving_harness import REPOSITORY
 
 
 def run_script(folder: Path, *arguments: str, script: str = "examples/score.py") -> subprocess.CompletedProcess[str]:

@@ -4,7 +4,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from elastic_harness import STEPS, Death, begin_life, die, end_life, rebalance, result_path, tell_views, write_whole
+from support.elastic_harness import (
+    STEPS,
+    Death,
+    begin_life,
+    die,
+    end_life,
+    rebalance,
+    result_path,
+    tell_views,
+    write_whole,
+)
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from elastic_moe.config import EplbConfig, ExchangeConfig

@@ -7,8 +7,8 @@ import torch.distributed as dist
 
 from elastic_moe.exchange.layout import ExchangeLayout
 from elastic_moe.exchange.symmetric import SymmetricExchange
-from elastic_moe.membership.epoch_store import StoreServer
-from elastic_moe.membership.view import Member, View
+from elastic_moe.group.epoch_store import StoreServer
+from elastic_moe.group.view import Member, View
 
 HIDDEN = 256
 DEADLINE_S = 60.0

@@ -9,8 +9,8 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from elastic_moe.experts.grouped import choose_tile, sort_by_slot
+from elastic_moe.experts.layout import ExpertLayout
 from elastic_moe.experts.slots import SlotExperts
-from elastic_moe.weights.layout import ExpertLayout
 
 pytestmark = [
     pytest.mark.gpu,

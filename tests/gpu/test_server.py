@@ -9,8 +9,8 @@ import httpx
 import pytest
 import torch
 from openai import AsyncOpenAI
-from reference import Reference
-from serving_harness import REPOSITORY, Server, torchrun, wait_until
+from support.reference import Reference
+from support.serving_harness import REPOSITORY, Server, torchrun, wait_until
 
 pytestmark = [
     pytest.mark.gpu,

@@ -12,12 +12,12 @@ from elastic_moe.errors import PeerLost
 
 triton = pytest.importorskip("triton")
 
-from harness import run_ranks  # noqa: E402
+from support.harness import run_ranks  # noqa: E402
 from symmetric_ranks import Seat  # noqa: E402
 
 from elastic_moe.exchange.collective import CollectiveExchange  # noqa: E402
-from elastic_moe.membership.groups import EpochGroups  # noqa: E402
-from elastic_moe.transport.peer_memory import PeerMemory  # noqa: E402
+from elastic_moe.group.groups import EpochGroups  # noqa: E402
+from elastic_moe.memory.peer_memory import PeerMemory  # noqa: E402
 from elastic_moe.transport.symmetric import PeerStaging  # noqa: E402
 
 pytestmark = [

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 
 import pytest
-from reference import Reference
-from serving_harness import Server, torchrun
+from support.reference import Reference
+from support.serving_harness import Server, torchrun
 
 
 @pytest.fixture(scope="session")

@@ -5,8 +5,8 @@ from contextlib import ExitStack
 
 import pytest
 from openai import AsyncOpenAI
-from reference import Reference
-from serving_harness import Server, two_nodes, wait_until
+from support.reference import Reference
+from support.serving_harness import Server, two_nodes, wait_until
 
 pytestmark = [pytest.mark.xdist_group("two nodes"), pytest.mark.timeout(170)]
 

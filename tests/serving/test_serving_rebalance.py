@@ -10,11 +10,11 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from harness import run_ranks
 from openai import AsyncOpenAI
 from prometheus_client.parser import text_string_to_metric_families
-from reference import NEAR_TIE, Continuation, Reference
-from serving_harness import Server, torchrun, wait_until
+from support.harness import run_ranks
+from support.reference import NEAR_TIE, Continuation, Reference
+from support.serving_harness import Server, torchrun, wait_until
 
 from elastic_moe.config import EplbConfig
 from elastic_moe.placement.balancedness import balancedness

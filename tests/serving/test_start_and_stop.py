@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from serving_harness import DEMO_MODEL, REPOSITORY, Ended, Server, run_to_end, torchrun, wait_until
+from support.serving_harness import DEMO_MODEL, REPOSITORY, Ended, Server, run_to_end, torchrun, wait_until
 from transformers import LlamaConfig, LlamaForCausalLM
 
 ALONE = [sys.executable]

@@ -7,8 +7,8 @@ from contextlib import ExitStack
 
 import pytest
 from openai import AsyncOpenAI
-from reference import Reference
-from serving_harness import STOP_WITHIN_S, Launched, Server, run_to_end, two_nodes
+from support.reference import Reference
+from support.serving_harness import STOP_WITHIN_S, Launched, Server, run_to_end, two_nodes
 
 pytestmark = pytest.mark.xdist_group("two nodes")
 

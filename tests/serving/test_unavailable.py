@@ -8,10 +8,10 @@ from typing import Any
 import httpx
 import pytest
 from openai import AsyncOpenAI
-from reference import Continuation, Reference
-from serving_harness import DEMO_MODEL, Server, torchrun, wait_until
+from support.reference import Continuation, Reference
+from support.serving_harness import DEMO_MODEL, Server, torchrun, wait_until
 
-from launch.chaos_disk import flip_experts
+from launch.faults.disk import flip_experts
 
 pytestmark = pytest.mark.xdist_group("unavailable")
 

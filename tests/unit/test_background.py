@@ -14,16 +14,16 @@ from test_peers import DENSE, make_store
 
 from elastic_moe.background import Latch, start_thread
 from elastic_moe.errors import PeerLost
+from elastic_moe.group.groups import EpochGroups
+from elastic_moe.group.view import Member, View
 from elastic_moe.membership import quorum
-from elastic_moe.membership.channel import Beat, channel_pair
 from elastic_moe.membership.current_epoch import CurrentEpoch
-from elastic_moe.membership.groups import EpochGroups
 from elastic_moe.membership.quorum import Membership
 from elastic_moe.membership.signals import AskView, Mouth, Signals
-from elastic_moe.membership.supervisor import Event, Supervisor
-from elastic_moe.membership.view import Member, View
-from elastic_moe.serving.mailbox import Mailbox
+from elastic_moe.serving.engine.mailbox import Mailbox
 from elastic_moe.serving.protocol import Hello, encode
+from elastic_moe.supervision.channel import Beat, channel_pair
+from elastic_moe.supervision.supervisor import Event, Supervisor
 from elastic_moe.weights.peers import Want, WeightServer
 
 WAIT_S = 10.0

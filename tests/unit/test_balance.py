@@ -5,7 +5,7 @@ import pytest
 
 from elastic_moe.errors import NotEnoughSlots
 from elastic_moe.placement.balance import ALGORITHMS, balance, warm_up
-from elastic_moe.placement.balance_moves import steps_within
+from elastic_moe.placement.balance.moves import steps_within
 from elastic_moe.placement.balancedness import MoveCost, balancedness, max_over_mean, rank_loads, worth_moving
 from elastic_moe.placement.placement import Placement
 from elastic_moe.placement.topology import Topology
@@ -150,7 +150,8 @@ def test_too_few_slots():
 
 
 def test_warm_up_leaves_nothing_to_compile():
-    from elastic_moe.placement import balance_layer, balance_search
+    from elastic_moe.placement.balance import layer as balance_layer
+    from elastic_moe.placement.balance import search as balance_search
 
     warm_up()
     kernels = [balance_search.solve, balance_search.replicate, balance_search.pack, balance_layer.keep_in_place]

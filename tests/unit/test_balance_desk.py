@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from frontend_harness import FakeEngine, front_end, make_checkpoint, make_config
+from support.frontend_harness import FakeEngine, front_end, make_checkpoint, make_config
 
 from elastic_moe.control.report import RebalanceReport, Report
-from elastic_moe.serving import balance_desk as module
-from elastic_moe.serving.balance_desk import BalanceDesk, BalancerOff, LoadDump
-from elastic_moe.serving.events import EventLog
-from elastic_moe.serving.metrics import Metrics
+from elastic_moe.serving.front_end import balance_desk as module
+from elastic_moe.serving.front_end.balance_desk import BalanceDesk, BalancerOff, LoadDump
+from elastic_moe.serving.front_end.events import EventLog
+from elastic_moe.serving.front_end.metrics import Metrics
 from elastic_moe.serving.protocol import AskLoads, Event, Loads, Rebalance
 
 pytestmark = pytest.mark.anyio

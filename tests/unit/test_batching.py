@@ -4,13 +4,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from families import FAMILIES, build
+from support.families import FAMILIES, build
 
 from elastic_moe.config import ServingConfig
 from elastic_moe.integrations.transformers import elasticize
 from elastic_moe.membership.launch import Launch
 from elastic_moe.runtime import ElasticRuntime
-from elastic_moe.serving.batching import Batcher
+from elastic_moe.serving.engine.batching import Batcher
 from elastic_moe.serving.protocol import Sampling, Submit
 
 PAGE = 8

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from launch.bench_config import NAMES, BenchRunConfig
+from launch.benchmarks.config import NAMES, BenchRunConfig
 from launch.config import REPO, load
 from launch.gpus import ways
 from launch.random_model import SHAPES, bytes_per_step
@@ -56,7 +56,7 @@ def test_help_and_no_torch():
     assert ended.returncode == 0
     assert "  bench=" + "|".join(NAMES) in ended.stdout
     code = "import sys; sys.argv = ['bench.py', '--help']; from launch import bench; bench.main(); "
-    code += "import launch.bench_balance; assert 'torch' not in sys.modules"
+    code += "import launch.benchmarks.balance; assert 'torch' not in sys.modules"
     command = [sys.executable, "-c", code]
     subprocess.run(command, cwd=REPO, env={"PYTHONPATH": str(REPO)}, check=True, capture_output=True, timeout=60)
 

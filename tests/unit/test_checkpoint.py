@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, build, build_on_meta, experts_of, layouts_of
 from safetensors.torch import load_file, save_file
+from support.families import FAMILIES, build, build_on_meta, experts_of, layouts_of
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import Concatenate, Interleave, MergeModulelist, Transpose, WeightConverter
 
 from elastic_moe.errors import CheckpointError
+from elastic_moe.experts.layout import ExpertLayout
 from elastic_moe.weights.checkpoint import CheckpointReader
-from elastic_moe.weights.layout import ExpertLayout
 
 Tensors = dict[str, torch.Tensor]
 EXPERTS = "model.layers.0.mlp.experts"

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, build, build_on_meta, layouts_of
+from support.families import FAMILIES, build, build_on_meta, layouts_of
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from elastic_moe.experts.layout import ExpertLayout
 from elastic_moe.weights.checkpoint import CheckpointReader
-from elastic_moe.weights.layout import ExpertLayout
 from elastic_moe.weights.materialize import materialize, set_tensor
 
 TOKENS = torch.arange(3, 15)[None]

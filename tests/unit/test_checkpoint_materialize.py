@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, build, build_on_meta, layouts_of
 from safetensors.torch import load_file, save_file
+from support.families import FAMILIES, build, build_on_meta, layouts_of
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from elastic_moe.weights.checkpoint import CheckpointReader

@@ -3,7 +3,7 @@
 import socket
 from contextlib import ExitStack
 
-from elastic_moe.membership.connections import Connections, listening_ports
+from elastic_moe.group.connections import Connections, listening_ports
 
 
 def test_connections_to_and_from_listeners_are_shut_and_no_others():

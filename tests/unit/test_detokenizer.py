@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from elastic_moe.serving.detokenizer import WINDOW, CompletionText, Detokenizer, StopStrings
+from elastic_moe.serving.front_end.detokenizer import WINDOW, CompletionText, Detokenizer, StopStrings
 
 TEXTS = [
     "The experts of a layer are spread over all ranks.",

@@ -9,8 +9,8 @@ import pytest
 import torch.distributed as dist
 import zmq
 
-from elastic_moe.membership import epoch_store
-from elastic_moe.membership.epoch_store import EpochStore, StoreServer
+from elastic_moe.group import epoch_store
+from elastic_moe.group.epoch_store import EpochStore, StoreServer
 
 
 @pytest.fixture

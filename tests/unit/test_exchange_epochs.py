@@ -5,8 +5,8 @@ import torch
 
 from elastic_moe.config import ExchangeConfig
 from elastic_moe.exchange.epochs import CollectiveExchanges, SymmetricExchanges, exchanges_of
-from elastic_moe.membership.groups import EpochGroups
-from elastic_moe.membership.view import Member, View
+from elastic_moe.group.groups import EpochGroups
+from elastic_moe.group.view import Member, View
 
 ME = Member(0, 0, "me", 0, "127.0.0.1", "", "127.0.0.1:1")
 CPU = torch.device("cpu")

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import openai
 import pytest
-from frontend_harness import MODEL_LIMIT, FakeEngine, front_end, make_checkpoint, make_config, until
+from support.frontend_harness import MODEL_LIMIT, FakeEngine, front_end, make_checkpoint, make_config, until
 
 from elastic_moe.config import ServeConfig
-from elastic_moe.serving.detokenizer import CompletionText
+from elastic_moe.serving.front_end.detokenizer import CompletionText
 from elastic_moe.serving.protocol import Sampling
 
 pytestmark = pytest.mark.anyio

@@ -4,8 +4,8 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from frontend_harness import FakeEngine, front_end, make_checkpoint, make_config, until
 from prometheus_client.parser import text_string_to_metric_families
+from support.frontend_harness import FakeEngine, front_end, make_checkpoint, make_config, until
 
 from elastic_moe.config import ServeConfig
 from elastic_moe.serving.protocol import DROPPED
@@ -196,7 +196,7 @@ async def test_ranks_that_cannot_serve_say_why(config: ServeConfig):
 async def test_a_rank_that_stops_reporting_is_not_healthy(config: ServeConfig, monkeypatch: pytest.MonkeyPatch):
     async with front_end(config) as fe:
         await fe.join(FakeEngine(0, [END]))
-        monkeypatch.setattr("elastic_moe.serving.engine_link.STATUS_MAX_AGE_S", -1.0)
+        monkeypatch.setattr("elastic_moe.serving.front_end.engine_link.STATUS_MAX_AGE_S", -1.0)
         assert (await fe.client.get("/health")).json() == {"status": "unavailable", "reason": "no rank is serving"}
         assert fe.gateway.status().members[0].phase == "silent"
 

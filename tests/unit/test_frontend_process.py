@@ -11,14 +11,15 @@ from pathlib import Path
 
 import httpx
 import pytest
-from frontend_harness import FakeEngine, make_checkpoint, make_config
+from support.frontend_harness import FakeEngine, make_checkpoint, make_config
 
 from elastic_moe.config import ServeConfig
-from elastic_moe.membership.channel import Channel, FrontEndStart, Ready, Refused, ViewChanged, channel_pair
-from elastic_moe.membership.view import View
-from elastic_moe.serving.frontend import main, serve
-from elastic_moe.serving.listener import listen
-from elastic_moe.serving.served_model import ServedModel
+from elastic_moe.group.view import View
+from elastic_moe.serving.front_end.listener import listen
+from elastic_moe.serving.front_end.process import main, serve
+from elastic_moe.serving.front_end.served_model import ServedModel
+from elastic_moe.serving.starts import FrontEndStart
+from elastic_moe.supervision.channel import Channel, Ready, Refused, ViewChanged, channel_pair
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -67,7 +68,7 @@ def test_a_checkpoint_without_tokenizer_is_refused(tmp_path: Path):
 def test_it_ends_with_its_supervisor(checkpoint: Path):
     config = make_config(checkpoint)
     supervisor, theirs = channel_pair()
-    channel = Channel.of_child(theirs.detach())
+    channel = Channel.of_child(theirs.detach(), FrontEndStart | ViewChanged)
     supervisor.close()
     with contextlib.closing(ServedModel.load(config)) as model:
         asyncio.run(asyncio.wait_for(serve(config, 0, listen(config.server), model, channel), 20))
@@ -78,7 +79,7 @@ def test_the_process(checkpoint: Path):
     supervisor, theirs = channel_pair()
     listener = listen(make_config(checkpoint).server)
     fds = [theirs.fileno(), listener.fileno()]
-    command = [sys.executable, "-m", "elastic_moe.serving.frontend"]
+    command = [sys.executable, "-m", "elastic_moe.serving.front_end.process"]
     command += ["--supervisor-fd", str(fds[0]), "--listen-fd", str(fds[1])]
     process = subprocess.Popen(command, pass_fds=fds, cwd=REPOSITORY)
     theirs.close()

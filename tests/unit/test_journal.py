@@ -2,10 +2,10 @@
 
 import pytest
 
-from elastic_moe.membership.view import Member, View
-from elastic_moe.serving.journal import Entry, Journal, Owner
+from elastic_moe.group.view import Member, View
+from elastic_moe.serving.front_end.journal import Entry, Journal, Owner
+from elastic_moe.serving.front_end.routing import SILENT, RankLoad, choose_rank
 from elastic_moe.serving.protocol import Sampling, Submit, Tokens
-from elastic_moe.serving.routing import SILENT, RankLoad, choose_rank
 
 
 def member(rank: int, incarnation: str) -> Member:

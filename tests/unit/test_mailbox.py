@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import zmq
 
-from elastic_moe.membership.view import Member, View
-from elastic_moe.serving import mailbox as module
-from elastic_moe.serving.mailbox import Mailbox
+from elastic_moe.group.view import Member, View
+from elastic_moe.serving.engine import mailbox as module
+from elastic_moe.serving.engine.mailbox import Mailbox
 from elastic_moe.serving.protocol import (
     DROPPED,
     AskLoads,

@@ -8,7 +8,7 @@ import torch
 import zmq
 
 from elastic_moe.errors import DigestMismatch, TransferFailed
-from elastic_moe.membership.view import Member
+from elastic_moe.group.view import Member
 from elastic_moe.placement.placement import EMPTY
 from elastic_moe.weights import peers as module
 from elastic_moe.weights.peers import Peers, WeightServer

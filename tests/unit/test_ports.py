@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from elastic_moe.membership import ports
-from elastic_moe.membership.ports import lasting_port
 from elastic_moe.membership.signals import Signals
+from elastic_moe.supervision import ports
+from elastic_moe.supervision.ports import lasting_port
 
 
 def test_a_lasting_port_is_free_and_none_that_the_kernel_deals():

@@ -15,7 +15,7 @@ import torch
 
 from elastic_moe.config import EplbConfig
 from elastic_moe.control.rebalance import Round, load_balancer
-from elastic_moe.membership.view import Member, View
+from elastic_moe.group.view import Member, View
 from elastic_moe.placement.placement import Placement
 from elastic_moe.placement.registry import PlacementRegistry
 from elastic_moe.placement.topology import Topology

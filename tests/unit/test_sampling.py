@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from elastic_moe.serving.engine.sampling import noise, pick
 from elastic_moe.serving.protocol import Sampling
-from elastic_moe.serving.sampling import noise, pick
 
 
 def test_noise_is_exponential_and_reproducible():

@@ -8,9 +8,9 @@ import msgspec
 import pytest
 import zmq
 
+from elastic_moe.group.view import Member, View
 from elastic_moe.membership import signals as module
 from elastic_moe.membership.signals import AskView, Knock, Mouth, PeerDied, Signals, Wake
-from elastic_moe.membership.view import Member, View
 
 WAIT_S = 10.0
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from elastic_moe.membership.view import Member, View
+from elastic_moe.group.view import Member, View
 from elastic_moe.placement.placement import Placement
 from elastic_moe.placement.topology import Topology
 from elastic_moe.placement.transfers import plan_transfers

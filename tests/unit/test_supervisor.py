@@ -12,14 +12,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from elastic_moe.membership import supervisor as module
-from elastic_moe.membership.channel import Ready
-from elastic_moe.membership.supervisor import Event, Supervisor, complain
+from elastic_moe.supervision import supervisor as module
+from elastic_moe.supervision.channel import Ready
+from elastic_moe.supervision.supervisor import Event, Supervisor, complain
 
 CHILD = """
 import signal, subprocess, sys, time
-from elastic_moe.membership.channel import Channel, Ready
-channel = Channel.of_child(int(sys.argv[-1]))
+from elastic_moe.supervision.channel import Channel, Ready, ViewChanged
+channel = Channel.of_child(int(sys.argv[-1]), ViewChanged)
 """
 TELLS_ITS_CHILD = """
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
@@ -128,7 +128,7 @@ def test_a_child_reads_the_end_of_its_supervisor(supervisor: Supervisor):
 def test_a_child_that_listens_to_nothing_dies_with_its_supervisor(tmp_path: Path):
     program = f"""
 import sys
-from elastic_moe.membership.supervisor import Supervisor
+from elastic_moe.supervision.supervisor import Supervisor
 supervisor = Supervisor()
 supervisor.start("deaf", [sys.executable, "-c", {CHILD + "channel.send(Ready(str(__import__('os').getpid()))); time.sleep(100)"!r}])
 print(supervisor.events.get().message.detail, flush=True)

@@ -1,7 +1,7 @@
 """What is assumed of transformers beyond its public API: a version that breaks it fails here, and says where to look.
 
 The public API says nothing of cutting a generation step in three, nor of converting a checkpoint one expert at a
-time. serving/batching.py, weights/ and experts/slots.py therefore rest on the names below.
+time. serving/engine/batching.py, weights/ and experts/slots.py therefore rest on the names below.
 """
 
 import inspect
@@ -10,9 +10,9 @@ from collections.abc import Callable
 import pytest
 import torch
 import transformers
-from families import FAMILIES, build, build_on_meta, experts_of
 from safetensors import safe_open
 from safetensors.torch import save_file
+from support.families import FAMILIES, build, build_on_meta, experts_of
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -37,7 +37,7 @@ from transformers.generation.continuous_batching.requests import (
     create_warmup_future_states,
 )
 
-BATCHING = "elastic_moe/serving/batching.py"
+BATCHING = "elastic_moe/serving/engine/batching.py"
 CONVERSION = "elastic_moe/weights/conversion.py"
 MATERIALIZE = "elastic_moe/weights/materialize.py"
 SLOTS = "elastic_moe/experts/slots.py and elastic_moe/integrations/transformers.py"

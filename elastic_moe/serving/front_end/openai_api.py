@@ -1,0 +1,193 @@
+"""The OpenAI API: /v1/completions, /v1/chat/completions, /v1/models."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Coroutine
+from http import HTTPStatus
+from typing import Any, TypeVar
+
+import msgspec
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from elastic_moe.errors import ElasticError
+from elastic_moe.serving.front_end.api_errors import ApiError, api_error
+from elastic_moe.serving.front_end.detokenizer import CompletionText, Detokenizer
+from elastic_moe.serving.front_end.gateway import Gateway, Generation
+from elastic_moe.serving.front_end.openai_schema import (
+    AnswerFormat,
+    ChatRequest,
+    CompletionRequest,
+    GenerationRequest,
+    usage,
+)
+from elastic_moe.serving.front_end.served_model import ServedModel
+
+DEFAULT_COMPLETION_TOKENS = 16
+
+Result = TypeVar("Result")
+
+
+class OpenAIApi:
+    """The endpoints, over one gateway and one model."""
+
+    def __init__(self, gateway: Gateway, model: ServedModel) -> None:
+        """`gateway` generates tokens for `model`."""
+        self._gateway = gateway
+        self._model = model
+
+    def router(self) -> APIRouter:
+        """The routes, to be included in an application."""
+        router = APIRouter(prefix="/v1")
+        router.post("/completions")(self.completions)
+        router.post("/chat/completions")(self.chat_completions)
+        router.get("/models")(self.models)
+        router.get("/models/{name:path}")(self.model)
+        return router
+
+    async def completions(self, body: CompletionRequest, request: Request) -> Response:
+        """Continue a prompt."""
+        self._check(body)
+        prompt = await self._model.encode(body.prompt) if isinstance(body.prompt, str) else body.prompt
+        self._check_tokens(prompt)
+        return await self._answer(body, request, prompt, body.max_tokens or DEFAULT_COMPLETION_TOKENS)
+
+    async def chat_completions(self, body: ChatRequest, request: Request) -> Response:
+        """Answer the last message of a conversation. Without a limit, the answer may fill the model's context."""
+        self._check(body)
+        try:
+            prompt = await self._model.encode_chat([m.model_dump() for m in body.messages])
+        except ValueError as error:
+            raise ApiError(HTTPStatus.BAD_REQUEST, f"messages: {error}", "messages") from error
+        self._check_tokens(prompt)
+        room = max(1, self._model.max_model_len - len(prompt))
+        return await self._answer(body, request, prompt, body.max_completion_tokens or body.max_tokens or room)
+
+    async def models(self) -> Response:
+        """The one model there is, as a list."""
+        return _json({"object": "list", "data": [self._card()]})
+
+    async def model(self, name: str) -> Response:
+        """The one model there is, by its name."""
+        self._check_name(name)
+        return _json(self._card())
+
+    def _card(self) -> dict[str, object]:
+        model = self._model
+        return {
+            "id": model.name,
+            "object": "model",
+            "created": model.created,
+            "owned_by": "elastic_moe",
+            "max_model_len": model.max_model_len,
+        }
+
+    def _check(self, body: GenerationRequest) -> None:
+        self._check_name(body.model)
+        body.refuse_unsupported()
+
+    def _check_name(self, name: str) -> None:
+        if name != self._model.name:
+            message = f"model {name!r} does not exist; this server has {self._model.name!r}"
+            raise ApiError(HTTPStatus.NOT_FOUND, message, "model", "model_not_found")
+
+    def _check_tokens(self, prompt: list[int]) -> None:
+        vocab_size = self._model.vocab_size
+        wrong = next((token for token in prompt if not 0 <= token < vocab_size), None)
+        if wrong is not None:
+            message = f"prompt: token id {wrong} is not in the vocabulary (0 to {vocab_size - 1})"
+            raise ApiError(HTTPStatus.BAD_REQUEST, message, "prompt")
+        if not prompt:
+            raise ApiError(HTTPStatus.BAD_REQUEST, "prompt: it has no tokens", "prompt")
+
+    async def _answer(self, body: GenerationRequest, request: Request, prompt: list[int], max_tokens: int) -> Response:
+        """Generate, and answer whole or as a stream."""
+        limit = self._model.max_model_len
+        if len(prompt) + max_tokens > limit:
+            message = f"{len(prompt)} prompt tokens and {max_tokens} to generate exceed the limit of {limit} tokens"
+            raise ApiError(HTTPStatus.BAD_REQUEST, message, "max_tokens", "context_length_exceeded")
+        text = CompletionText(Detokenizer(self._model.decode, prompt), body.stop)
+        generation = self._gateway.open(prompt, max_tokens, body.sampling())
+        form = AnswerFormat(
+            request_id=generation.entry.request_id,
+            model=self._model.name,
+            created=int(time.time()),
+            chat=isinstance(body, ChatRequest),
+        )
+        if body.stream:
+            return _EventStream(generation, _events(generation, text, form, body.include_usage))
+        with generation:
+            whole = await _while_connected(request, _collect(generation, text))
+        if whole is None:
+            return Response(status_code=HTTPStatus.NO_CONTENT)  # nobody is there to read it
+        return _json(form.whole(whole, text.finish, usage(len(prompt), text.num_tokens)))
+
+
+class _EventStream(StreamingResponse):
+    """Server-sent events of one generation, which ends with the response, whatever way that ends."""
+
+    def __init__(self, generation: Generation, events: AsyncIterator[bytes]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._generation = generation
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._generation:
+            await super().__call__(scope, receive, send)
+
+
+async def _pieces(generation: Generation, text: CompletionText) -> AsyncIterator[str]:
+    """New text as it comes, up to the end of the completion."""
+    async for tokens, finish in generation.updates():
+        piece = text.push(tokens, finish)
+        if text.finish:
+            generation.outcome = text.finish
+        if piece:
+            yield piece
+        if text.finish:
+            return
+
+
+async def _collect(generation: Generation, text: CompletionText) -> str:
+    return "".join([piece async for piece in _pieces(generation, text)])
+
+
+async def _events(
+    generation: Generation, text: CompletionText, form: AnswerFormat, include_usage: bool
+) -> AsyncIterator[bytes]:
+    """The answer as server-sent events. After the first one a failure can only be told by another."""
+    try:
+        for chunk in form.opening():
+            yield _event(chunk)
+        async for piece in _pieces(generation, text):
+            yield _event(form.piece(piece))
+        yield _event(form.closing(text.finish))
+        if include_usage:
+            yield _event(form.counts(usage(len(generation.entry.prompt), text.num_tokens)))
+    except ElasticError as error:
+        yield _event(api_error(error).body)
+    yield b"data: [DONE]\n\n"
+
+
+def _event(content: dict[str, object]) -> bytes:
+    return b"data: " + msgspec.json.encode(content) + b"\n\n"
+
+
+def _json(content: dict[str, object]) -> Response:
+    return Response(msgspec.json.encode(content), media_type="application/json")
+
+
+async def _while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result | None:
+    """The result of `work`; None, with `work` cancelled, when the client goes away before it is done."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        working.cancel()
+        leaving.cancel()

@@ -1,0 +1,41 @@
+"""The embedded lighthouse of a node: torchft's, in a process of its own, started by the node's first supervisor."""
+
+import argparse
+import threading
+
+from torchft.coordination import LighthouseServer
+
+from elastic_moe.background import end_process, start_thread
+from elastic_moe.membership.quorum import HEARTBEAT_TIMEOUT_MS, JOIN_TIMEOUT_MS, TICK_MS
+from elastic_moe.supervision.channel import Channel, Ready
+
+
+def main() -> None:
+    """Entry of `python -m elastic_moe.supervision.lighthouse --bind HOST:PORT --supervisor-fd N`."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--bind", required=True)
+    parser.add_argument("--supervisor-fd", type=int, required=True)
+    arguments = parser.parse_args()
+    channel = Channel.of_child(arguments.supervisor_fd, None)
+    server = LighthouseServer(
+        bind=arguments.bind,
+        min_replicas=1,
+        join_timeout_ms=JOIN_TIMEOUT_MS,
+        quorum_tick_ms=TICK_MS,
+        heartbeat_timeout_ms=HEARTBEAT_TIMEOUT_MS,
+    )
+    channel.send(Ready(f"http://{arguments.bind}"))
+    ended = threading.Event()
+    start_thread("supervisor", _wait_for_end, channel, ended, on_error=end_process)
+    ended.wait()
+    server.shutdown()
+
+
+def _wait_for_end(channel: Channel, ended: threading.Event) -> None:
+    while channel.receive() is not None:
+        pass
+    ended.set()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""The supervisor: the process torchrun starts, and the one that must not die.
+
+It is small and loads no torch. Here are its parts: a child with a channel, and the events of all children.
+"""
+
+import contextlib
+import ctypes
+import os
+import queue
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from elastic_moe.background import start_thread
+from elastic_moe.supervision.channel import channel_pair
+
+STOP_GRACE_S = 3.0
+"""How long children may take to end after SIGTERM before they are killed."""
+
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None)
+
+
+class Event(NamedTuple):
+    """Something a supervisor acts on: a message of a child, a child's end (`code`), or a signal (`child` empty).
+
+    Before its end a child is `dying`: the kernel has closed its channel, so it runs no more, but it may take a while to
+    take it down (0.1 to 0.2 s for one with memory on a GPU).
+    """
+
+    child: str
+    message: object | None = None
+    code: int | None = None
+    dying: bool = False
+
+
+class Child:
+    """One child process and the channel to it."""
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        events: "queue.SimpleQueue[Event]",
+        pass_fds: Sequence[int] = (),
+        fd_variable: str = "",
+    ) -> None:
+        """Start `command` with ` --supervisor-fd N` appended, or with N in the environment as `fd_variable`; its
+        messages and its end go to `events`.
+
+        The child dies when this process does: it reads the end of file, and the kernel kills it should it not.
+        """
+        self.name = name
+        self.channel, theirs = channel_pair()
+        parent = os.getpid()
+
+        def die_with_parent() -> None:
+            _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != parent:
+                os._exit(1)
+
+        with theirs:
+            fd = str(theirs.fileno())
+            self._process = subprocess.Popen(  # noqa: S603 - the command is our own
+                list(command) if fd_variable else [*command, "--supervisor-fd", fd],
+                env={**os.environ, fd_variable: fd} if fd_variable else None,
+                pass_fds=(theirs.fileno(), *pass_fds),
+                start_new_session=True,
+                preexec_fn=die_with_parent,
+            )
+        start_thread(f"watch {name}", self._watch, events, on_error=lambda _error: self._give_up(events))
+
+    def _watch(self, events: "queue.SimpleQueue[Event]") -> None:
+        while (message := self.channel.receive()) is not None:
+            events.put(Event(self.name, message=message))
+        self._tell_end(events)
+
+    def _tell_end(self, events: "queue.SimpleQueue[Event]") -> None:
+        events.put(Event(self.name, dying=True))
+        events.put(Event(self.name, code=self._process.wait()))
+
+    def _give_up(self, events: "queue.SimpleQueue[Event]") -> None:
+        """It says what nobody understands: end it, or nobody would hear of its end."""
+        self.kill()
+        self._tell_end(events)
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    def kill(self) -> None:
+        """Kill it now; its end comes as an event."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+
+    def terminate(self) -> None:
+        """Ask it to end."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.terminate()
+
+    def end(self, deadline: float) -> None:
+        """Wait until `deadline` (time.monotonic), then kill it with its whole session."""
+        try:
+            self._process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+
+class Supervisor:
+    """Starts, watches and ends children; signals arrive as events."""
+
+    def __init__(self) -> None:
+        self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self.children: dict[str, Child] = {}
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda got, _frame: self.events.put(Event("", code=got)))
+
+    def start(self, name: str, command: Sequence[str], pass_fds: Sequence[int] = (), fd_variable: str = "") -> Child:
+        """Start a child, or start it again; see `Child`."""
+        child = self.children[name] = Child(name, command, self.events, pass_fds, fd_variable)
+        return child
+
+    def next_event(self, timeout_s: float) -> Event | None:
+        """Wait for the next event; None when there is none in time."""
+        try:
+            return self.events.get(timeout=timeout_s)
+        except queue.Empty:
+            return None
+
+    def stop(self) -> None:
+        """End all children: SIGTERM, `STOP_GRACE_S` seconds, SIGKILL."""
+        deadline = time.monotonic() + STOP_GRACE_S
+        for child in reversed(self.children.values()):
+            child.terminate()
+        for child in self.children.values():
+            child.end(deadline)
+
+
+def complain(line: str, folder: Path | None) -> None:
+    """Print one line about a user's mistake, once although every rank finds the same, each at its own time.
+
+    Of the processes that share `folder`, the first to put its claim there prints; with None every caller does.
+    """
+    if folder is not None:
+        try:
+            (folder / "elastic_moe_complaint").touch(exist_ok=False)
+        except FileExistsError:
+            return
+    sys.stderr.write(f"elastic_moe: {line}\n")
+    sys.stderr.flush()

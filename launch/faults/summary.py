@@ -1,0 +1,163 @@
+"""What launch/chaos.py found: each round's part, and the JSON object of the whole run. Functions of their arguments."""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from launch.faults.kinds import Fault
+from launch.faults.load import Answer, Verdict, compare, gaps_s, percentile
+
+KILLS = ("kill", "kill_two", "kill_in_recovery", "corrupt")
+"""Kinds that end processes at once."""
+PHASES = ("detect", "view", "groups", "repair", "commit", "repeat")
+
+
+@dataclass(frozen=True)
+class Round:
+    """One fault and what came of it."""
+
+    fault: Fault
+    at: float
+    """Wall-clock time of the first signal; 0 when none was sent."""
+    fired: bool
+    """All victims got the signal and are gone."""
+    answers: tuple[Answer, ...]
+    reports: tuple[Mapping[str, Any], ...]
+    """The events of /elastic/events since the round's start: `rank` and `report`."""
+    healed_s: float | None
+    """Until all ranks served again, from the signal; None: not in time."""
+    placement_fault: str
+    """What is wrong with the placements of the healed group; empty: nothing."""
+    client_lag_s: float
+    """See `Load.lag_s`."""
+
+    @property
+    def counted(self) -> bool:
+        """Whether each victim is among the lost of a recovery, and wrong bytes among what was refused."""
+        lost = {rank for event in self.reports for rank in event["report"]["lost"]}
+        return self.fired and set(self.fault.ranks) <= lost and (self.rejected > 0 or self.fault.kind != "corrupt")
+
+    @property
+    def rejected(self) -> int:
+        """Copies of experts that were refused for their digest, on all ranks."""
+        return sum(event["report"]["rejected"] for event in self.reports)
+
+
+def placement_fault(status: Mapping[str, Any]) -> str:
+    """What is wrong with the placement that the members of /elastic/status report; empty: nothing."""
+    members = status["members"]
+    if len({(m["placement_version"], m["placement_hash"]) for m in members}) != 1:
+        return "the ranks' placements differ"
+    for layer, rows in enumerate(zip(*(m["slots"] for m in members), strict=True)):
+        missing = set(range(members[0]["num_experts"])) - {expert for row in rows for expert in row}
+        if missing:
+            return f"layer {layer} has no slot with experts {sorted(missing)}"
+    return ""
+
+
+def phases_ms(one: Round) -> dict[str, list[float]]:
+    """Milliseconds in each phase, of each survivor, for the recoveries of this round in which a rank was lost.
+
+    `detect` is of kinds that end the process at once; `repeat` is from the end of the last of these recoveries to
+    the first piece of any answer, so it includes the way to the client.
+    """
+    reports = [e["report"] for e in one.reports if e["report"]["lost"] and e["rank"] not in e["report"]["joined"]]
+    found: dict[str, list[float]] = defaultdict(list)
+    if not reports:
+        return found
+    first, last = min(r["epoch"] for r in reports), max(r["epoch"] for r in reports)
+    for report in reports:
+        if report["epoch"] == first and one.fault.kind in (*KILLS, "kill_node"):
+            found["detect"].append((report["noticed_at"] - one.at) * 1e3)
+        for phase, seconds in report["phase_s"].items():
+            found[phase].append(seconds * 1e3)
+    end = min(r["noticed_at"] + sum(r["phase_s"].values()) for r in reports if r["epoch"] == last)
+    later = [arrival for answer in one.answers for arrival in answer.arrivals if arrival > end]
+    if later:
+        found["repeat"].append((min(later) - end) * 1e3)
+    return found
+
+
+def longest_wait(answers: Sequence[Answer]) -> tuple[float, float, int]:
+    """The longest gap of all streams in seconds, the wall-clock time of its begin, and how many streams waited at least
+    half as long at the same time."""
+    gaps = [gap for answer in answers for gap in zip(answer.arrivals, answer.arrivals[1:], strict=False)]
+    begin, end = max(gaps, key=lambda gap: gap[1] - gap[0], default=(0.0, 0.0))
+    half = (end - begin) / 2
+    return end - begin, begin, sum(min(b, end) - max(a, begin) >= half for a, b in gaps)
+
+
+def summary(rounds: Sequence[Round], wanted: Sequence[Answer], planned: int) -> dict[str, Any]:
+    """The JSON object of a run, without what the user gave.
+
+    Args:
+        rounds: those that were run.
+        wanted: the answers of the undisturbed run.
+        planned: faults that were to come.
+    """
+    kinds = sorted({one.fault.kind for one in rounds})
+    judged = [(one.fault.kind, compare(w, a)) for one in rounds for w, a in zip(wanted, one.answers, strict=True)]
+    verdicts = Counter(verdict for _, verdict in judged)
+    gaps = [gap * 1e3 for one in rounds for gap in gaps_s(one.answers)]
+    phases: dict[str, list[float]] = {phase: [] for phase in PHASES}
+    for one in rounds:
+        for phase, values in phases_ms(one).items():
+            phases[phase].extend(values)
+    by_epoch = {event["report"]["epoch"]: event["report"] for one in rounds for event in one.reports}
+    num_bytes: Counter[str] = Counter()
+    for report in by_epoch.values():
+        num_bytes.update(report["bytes_by_source"])
+    return {
+        "requests": verdicts.total(),
+        "finished": verdicts.total() - verdicts[Verdict.UNFINISHED],
+        "mismatched": verdicts[Verdict.MISMATCHED],
+        "mismatched_by_kind": {kind: judged.count((kind, Verdict.MISMATCHED)) for kind in kinds},
+        "duplicated": verdicts[Verdict.DUPLICATED],
+        "lost": verdicts[Verdict.LOST],
+        "faults": {
+            "planned": planned,
+            "fired": sum(one.fired for one in rounds),
+            "counted": sum(one.counted for one in rounds),
+        },
+        "rejected": sum(one.rejected for one in rounds),
+        "not_rejoined": sum(one.healed_s is None for one in rounds),
+        "placements_wrong": sum(bool(one.placement_fault) for one in rounds),
+        "gap_ms": _spread_and_max(gaps),
+        "gap_ms_by_kind": {
+            kind: _spread_and_max([g * 1e3 for one in rounds if one.fault.kind == kind for g in gaps_s(one.answers)])
+            for kind in kinds
+        },
+        "client_lag_ms": _rounded(max((one.client_lag_s * 1e3 for one in rounds), default=None)),
+        "phase_ms": {phase: _spread(values) for phase, values in phases.items() if values},
+        "bytes_by_source": dict(num_bytes),
+        "bytes_lower_bound": sum(report["bytes_lower_bound"] for report in by_epoch.values()),
+    }
+
+
+def is_good(found: Mapping[str, Any], max_gap_ms: float = math.inf) -> bool:
+    """Whether nothing was lost, changed or repeated, every fault came, was seen and healed, no more bytes were moved
+    than needed, and no stream waited longer than `max_gap_ms` where processes were killed."""
+    zeros = ("mismatched", "duplicated", "lost", "not_rejoined", "placements_wrong")
+    faults = found["faults"]
+    longest = max((gap["max"] or 0.0 for kind, gap in found["gap_ms_by_kind"].items() if kind in KILLS), default=0.0)
+    return (
+        found["finished"] == found["requests"]
+        and not any(found[key] for key in zeros)
+        and faults["fired"] == faults["counted"] == faults["planned"]
+        and sum(found["bytes_by_source"].values()) <= found["bytes_lower_bound"]
+        and longest <= max_gap_ms
+    )
+
+
+def _spread(values: Sequence[float]) -> dict[str, float | None]:
+    return {"p50": _rounded(percentile(values, 50)), "p99": _rounded(percentile(values, 99))}
+
+
+def _spread_and_max(values: Sequence[float]) -> dict[str, float | None]:
+    return {**_spread(values), "max": _rounded(max(values, default=None))}
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 2)
