@@ -5,7 +5,7 @@ from torch import nn
 
 from elastic_moe.experts.slots import SlotExperts
 from elastic_moe.placement.placement import EMPTY
-from elastic_moe.runtime import ElasticRuntime
+from elastic_moe.runtime.pool import ExpertPool
 
 
 class ElasticMoELayer(nn.Module):
@@ -16,13 +16,13 @@ class ElasticMoELayer(nn.Module):
     tokens calls with T = 0 and does its experts' share for the others.
     """
 
-    def __init__(self, layer: int, experts: SlotExperts, runtime: ElasticRuntime) -> None:
+    def __init__(self, layer: int, experts: SlotExperts, pool: ExpertPool) -> None:
         """`layer` is the number of this MoE layer in the placement (dense layers are not counted)."""
         super().__init__()
         self.layer = layer
         self.experts = experts
         self.num_experts = experts.layout.num_experts
-        self._runtime = runtime
+        self._pool = pool
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -42,13 +42,13 @@ class ElasticMoELayer(nn.Module):
             ValueError: gradients are wanted while an expert has replicas.
         """
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.experts.parameters())
-        if trains and self._runtime.registry.placement.has_replicas:
+        if trains and self._pool.placement.has_replicas:
             raise ValueError("training needs a placement without replicas: replica gradients are not summed yet")
-        self._runtime.load_counter.count(self.layer, top_k_index)
-        exchange = self._runtime.exchange
+        self._pool.loads.count(self.layer, top_k_index)
+        exchange = self._pool.exchange
         last = self.num_experts - 1
-        slots = self._runtime.registry.choose_slots(self.layer, top_k_index.clamp(max=last))
-        fused = self.experts.fused(hidden_states) if self._runtime.topology.num_ranks == 1 else None
+        slots = self._pool.registry.choose_slots(self.layer, top_k_index.clamp(max=last))
+        fused = self.experts.fused(hidden_states) if self._pool.placement.num_ranks == 1 else None
         if fused is not None:  # all slots are this rank's own: nothing to exchange
             slots = slots.masked_fill(top_k_index > last, EMPTY)
             return fused.compute_routed(hidden_states, slots, top_k_weights)

@@ -5,7 +5,8 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,7 +15,8 @@ import numpy as np
 import torch
 
 from elastic_moe.config import EplbConfig
-from elastic_moe.control.report import RebalanceReport
+from elastic_moe.control.report import Outcome, RebalanceReport
+from elastic_moe.control.vote import Vote
 from elastic_moe.errors import TransferFailed
 from elastic_moe.group.groups import Group
 from elastic_moe.group.view import View
@@ -23,8 +25,11 @@ from elastic_moe.placement.chunks import chunks
 from elastic_moe.placement.placement import EMPTY, Placement
 from elastic_moe.placement.registry import PlacementRegistry, Tables
 from elastic_moe.placement.topology import Topology
-from elastic_moe.placement.transfers import SOURCES, Distance, Move, TransferPlan, plan_transfers
+from elastic_moe.placement.transfers import TransferPlan, plan_transfers
 from elastic_moe.transport.staging import MEGABYTE, Staging, Transfer
+from elastic_moe.weights.disk import Disk
+from elastic_moe.weights.sources import Account, Until, Want, fill
+from elastic_moe.weights.staged import Replicas, Staged
 from elastic_moe.weights.store import ExpertStore
 
 log = logging.getLogger(__name__)
@@ -133,6 +138,7 @@ class Round:
         group: Group,
         registry: PlacementRegistry,
         store: ExpertStore,
+        disk: Disk,
         config: EplbConfig,
         staging: Staging,
         *,
@@ -146,6 +152,7 @@ class Round:
             rank: EP rank of this process.
             group: on the CPU.
             registry, store: what is placed and held here.
+            disk: where experts come from that came wrong.
             config: budgets.
             staging: how experts come.
             swap: how a chunk becomes current.
@@ -157,14 +164,15 @@ class Round:
         self._group = group
         self._registry = registry
         self._store = store
+        self._disk = disk
         self._config = config
         self._staging = staging
         self._swap = swap
         self._pause = pause
         self._committed = committed
         self._phase_s: dict[str, float] = {}
-        self._moves = dict.fromkeys(Distance, 0)
-        self._num_chunks = 0
+        self._num_bytes: Counter[str] = Counter()
+        self._num_moves = self._num_chunks = 0
 
     def run(self, number: int, loads: np.ndarray, ops: Sequence[str], *, asked: bool) -> RebalanceReport:
         """Decide on loads float [L, E] of the whole group, and do it.
@@ -182,16 +190,16 @@ class Round:
         start = registry.placement
         with self._phase("plan"):
             decision = self._agree(loads, asked)
-        outcome, reason, bound = "failed" if decision.failed else "kept", decision.reason, 0
+        outcome, reason, bound = Outcome.FAILED if decision.failed else Outcome.KEPT, decision.reason, 0
         if decision.slots:
             slots = np.frombuffer(decision.slots, dtype=np.int32).reshape(start.slots.shape)
             goal = Placement(slots, start.num_experts, start.slots_per_rank, start.version + 1, epoch)
             bound = sum(arrivals(start, goal)) * self._store.expert_bytes
             try:
                 self._carry_out(goal)
-                outcome = "moved"
+                outcome = Outcome.MOVED
             except TransferFailed as error:
-                outcome, reason = "failed", str(error)
+                outcome, reason = Outcome.FAILED, str(error)
                 log.warning("rebalance broken off: %s", error)
         report = RebalanceReport(
             epoch=epoch,
@@ -203,16 +211,14 @@ class Round:
             max_mean_before=decision.max_mean,
             max_mean_after=decision.max_mean_after,
             balancedness=decision.balancedness,
-            num_moves=sum(self._moves.values()),
+            num_moves=self._num_moves,
             num_chunks=self._num_chunks,
             phase_s=self._phase_s,
-            bytes_by_source={
-                SOURCES[distance]: count * self._store.expert_bytes for distance, count in self._moves.items() if count
-            },
+            bytes_by_source=dict(self._num_bytes),
             bytes_lower_bound=bound,
             ended_at=time.time(),
         )
-        quiet = outcome == "kept" or self._rank != self._view.ranks[0]
+        quiet = outcome is Outcome.KEPT or self._rank != self._view.ranks[0]
         log.log(logging.DEBUG if quiet else logging.INFO, "rebalance: %s", report)
         return report
 
@@ -246,55 +252,46 @@ class Round:
                     slots, goal.num_experts, goal.slots_per_rank, registry.placement.version + 1, self._view.epoch
                 )
                 plan = plan_transfers(registry.placement.slots, placement, self._view.ranks, registry.topology)
-                staged = self._stage(plan)
+                staged, num_bytes = self._stage(plan)
                 tables = registry.prepare(placement)
             with self._phase("swap"):
                 self._swap(lambda: self._publish(placement, tables, staged))  # noqa: B023 - runs before it returns
             self._num_chunks += 1
-            for distance, count in plan.num_moves().items():
-                self._moves[distance] += count
+            self._num_moves += len(plan.moves)
+            self._num_bytes.update(num_bytes)
 
-    def _stage(self, plan: TransferPlan) -> Mapping[Move, Sequence[torch.Tensor]]:
-        """Bring the experts of this rank's new slots into staging, verified; vote.
+    def _stage(self, plan: TransferPlan) -> tuple[Staged, dict[str, int]]:
+        """Bring the experts of this rank's new slots into staging, verified; vote. With the bytes of the whole group.
 
         Raises:
             TransferFailed: a rank could not get one right.
         """
-        store = self._store
+        store, group, staged, account = self._store, self._group, Staged(self._store), Account()
         transfer = Transfer(
             plan,
             self._view,
             self._rank,
-            self._group,
+            group,
             store.tensors,
             in_flight=max(1, int(self._config.mb_per_step * MEGABYTE / store.expert_bytes)),
             between=self._pause,
         )
-        staged = self._staging.bring(transfer)
-        failure = None
-        try:
-            for move, tensors in staged.items():
-                if not store.is_right(move.layer, move.expert, tensors):
-                    log.warning(
-                        "layer %d expert %d came with a wrong digest; reading the disk", move.layer, move.expert
-                    )
-                    store.read_into(move.layer, move.expert, tensors)
-        except TransferFailed as error:
-            failure = error
-        (failed,) = self._group.all_reduce_max([int(failure is not None)])
-        if failed:
-            raise failure or TransferFailed("another rank could not get an expert")
-        return staged
+        mine = [move for move in plan.moves if plan.rank_of(move.target) == self._rank]
+        wants = [Want(move.layer, move.expert, move.target % plan.slots_per_rank) for move in mine]
+        vote = Vote(group, account)
+        until = Until(time.monotonic() + group.timeout_s)  # the others wait so long in their vote
+        sources = [Replicas(self._staging, transfer, staged), self._disk]
+        fill(wants, staged, sources, account, until=until, any_lacks=vote)
+        return staged, vote.num_bytes
 
-    def _publish(self, placement: Placement, tables: Tables, staged: Mapping[Move, Sequence[torch.Tensor]]) -> None:
+    def _publish(self, placement: Placement, tables: Tables, staged: Staged) -> None:
         """In the step loop: fill the slots, swap the tables."""
-        store, width = self._store, placement.slots_per_rank
+        store = self._store
         for layer, slot in np.argwhere(placement.of_rank(self._rank) != store.held).tolist():
             store.vacate(layer, slot)
-        for move, tensors in staged.items():
-            store.install(move.layer, move.target % width, move.expert, tensors)
+        staged.install()
         self._registry.commit(placement, tables)
-        if staged and store.tensors(0, 0)[0].is_cuda:
+        if store.tensors(0, 0)[0].is_cuda:
             torch.cuda.current_stream().synchronize()  # the model may run on another stream
         self._committed(placement)
 

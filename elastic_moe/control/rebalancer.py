@@ -11,7 +11,7 @@ import numpy as np
 from elastic_moe.background import OnError, start_thread
 from elastic_moe.config import EplbConfig
 from elastic_moe.control.rebalance import Round
-from elastic_moe.control.report import RebalanceReport
+from elastic_moe.control.report import Outcome, RebalanceReport
 from elastic_moe.control.step_gate import StepGate
 from elastic_moe.errors import PeerLost
 from elastic_moe.group.groups import EpochGroups, Group
@@ -21,6 +21,7 @@ from elastic_moe.placement.loads import LoadCounter, LoadWindow
 from elastic_moe.placement.placement import Placement
 from elastic_moe.placement.registry import PlacementRegistry
 from elastic_moe.transport.staging import Staging
+from elastic_moe.weights.disk import Disk
 from elastic_moe.weights.store import ExpertStore
 
 AFTER_CHANGE_S = 2.0
@@ -80,11 +81,13 @@ class Rebalancer:
         self.progress = 0
         """Rises with every chunk that was swapped in."""
 
-    def begin_epoch(self, view: View, groups: EpochGroups, store: ExpertStore, *, changed: bool) -> None:
+    def begin_epoch(
+        self, view: View, groups: EpochGroups, store: ExpertStore, disk: Disk | None, *, changed: bool
+    ) -> None:
         """Balance in this epoch from now on; `changed`: the members are others than before, so a round is due soon."""
         self.end_epoch()
-        if self.config.mode != "off":
-            self._session = _Session(self, view, groups, store, changed=changed)
+        if self.config.mode != "off" and disk is not None:
+            self._session = _Session(self, view, groups, store, disk, changed=changed)
 
     def end_epoch(self) -> None:
         """What is under way is dropped; what was committed stays."""
@@ -162,7 +165,7 @@ class _Session:
     """The thread of one epoch. It ends with the epoch's groups; a lost peer is kept for the step loop."""
 
     def __init__(
-        self, owner: Rebalancer, view: View, groups: EpochGroups, store: ExpertStore, *, changed: bool
+        self, owner: Rebalancer, view: View, groups: EpochGroups, store: ExpertStore, disk: Disk, *, changed: bool
     ) -> None:
         self.gate = StepGate(owner.wake)
         self.error: PeerLost | None = None
@@ -170,6 +173,7 @@ class _Session:
         self._view = view
         self._groups = groups
         self._store = store
+        self._disk = disk
         self._changed = changed
         self._last_said: np.ndarray | None = None
         start_thread("rebalance", self._run, on_error=owner.on_error)
@@ -211,7 +215,7 @@ class _Session:
         if idle and not asked:  # a group that sleeps goes on sleeping, in sync too
             reason = "no tokens since the last round"
             version = owner.registry.placement.version
-            return RebalanceReport(self._view.epoch, number, version, (), "kept", reason, ended_at=time.time())
+            return RebalanceReport(self._view.epoch, number, version, (), Outcome.KEPT, reason, ended_at=time.time())
         loads = summed[:-1].reshape(owner.registry.placement.num_layers, -1).astype(np.float64)
         this = Round(
             self._view,
@@ -219,6 +223,7 @@ class _Session:
             group,
             owner.registry,
             self._store,
+            self._disk,
             owner.config,
             owner.staging,
             swap=self.gate.run if asynchronous else lambda act: act(),

@@ -1,22 +1,20 @@
 """Recovery: from "something broke" to a new epoch in which every expert has a live slot.
 
-View (who is left) -> groups -> repair (what is missing, from the nearest copy, verified) -> vote -> commit. Each
-member tells what it holds, and the plan is computed from that alone: nobody's opinion of the past is needed, so a
+View (who is left) -> groups -> repair (what no live slot holds, from the nearest source, verified) -> vote -> commit.
+Each member tells what it holds, and the plan is computed from that alone: nobody's opinion of the past is needed, so a
 second loss on the way simply begins again at the view.
 """
 
 import enum
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
 import numpy as np
 import torch
 
-from elastic_moe.control.other_disks import Unread, read_elsewhere
 from elastic_moe.control.report import Report
-from elastic_moe.errors import DigestMismatch, PeerLost, TransferFailed
+from elastic_moe.control.vote import Vote
+from elastic_moe.errors import PeerLost
 from elastic_moe.group.groups import EpochGroups
 from elastic_moe.group.view import Member, View
 from elastic_moe.membership.current_epoch import CurrentEpoch
@@ -24,18 +22,16 @@ from elastic_moe.membership.quorum import Membership
 from elastic_moe.placement.placement import EMPTY, Placement, fewest_slots
 from elastic_moe.placement.repair import grow, lower_bound_moves, repair
 from elastic_moe.placement.topology import Topology
-from elastic_moe.placement.transfers import SOURCES, Distance, TransferPlan, plan_transfers
-from elastic_moe.transport.group import move_experts
+from elastic_moe.weights.disk import Disk, OtherDisks
+from elastic_moe.weights.sources import Account, Until, fill
 from elastic_moe.weights.store import UNKNOWN, ExpertStore
 
 log = logging.getLogger(__name__)
 
 DEADLINE_S = 60.0
-MOVES_IN_FLIGHT = 64
-"""Experts on their way between ranks at once; bounds the receive buffers of the transport."""
 
 
-class Phase(enum.Enum):
+class Phase(enum.StrEnum):
     """The phases of a recovery, in their order."""
 
     VIEW = "view"
@@ -54,25 +50,29 @@ class Recovery:
         epoch: CurrentEpoch,
         topology: Topology,
         store: ExpertStore,
+        disk: Disk | None,
         device: torch.device,
         *,
         exchange_timeout_s: float,
         grow_slots: bool,
     ) -> None:
-        """`epoch` enters each new view with its groups before they are built, so that other threads may abort them."""
+        """`epoch` enters each new view with its groups before they are built, so that other threads may abort them;
+        `device` is that of the data group."""
         self._me = me
         self._membership = membership
         self._epoch = epoch
         self._topology = topology
         self._store = store
+        self._disk = disk
         self._device = device
         self._exchange_timeout_s = exchange_timeout_s
         self._grow_slots = grow_slots
         self._newcomer = False
+        self._phase: Phase | None = None
+        self._phase_began = 0.0
         self._seconds: dict[str, float] = {}
-        self._bytes = np.zeros(len(Distance), dtype=np.int64)
-        self._rejected = 0
         self._lower_bound = 0
+        self._rejected = 0
 
     def run(
         self, view: View, version: int, reason: str, *, newcomer: bool, deadline_s: float = DEADLINE_S
@@ -96,19 +96,21 @@ class Recovery:
         while True:
             attempts += 1
             try:
-                with self._phase(Phase.VIEW):
-                    view = self._membership.next_view(view, self._epoch.knock, deadline_s)
-                with self._phase(Phase.GROUPS):
-                    groups = EpochGroups(view, self._me.rank, self._device, self._exchange_timeout_s)
-                    self._epoch.enter(view, groups)
-                    groups.build()
-                placement = self._repair(view, groups, version)
+                self._enter(Phase.VIEW)
+                view = self._membership.next_view(view, self._epoch.knock, deadline_s)
+                self._enter(Phase.GROUPS)
+                groups = EpochGroups(view, self._me.rank, self._device, self._exchange_timeout_s)
+                self._epoch.enter(view, groups)
+                groups.build()
+                self._enter(Phase.REPAIR)
+                placement, num_bytes = self._repair(view, groups, version)
                 break
             except PeerLost as error:
                 log.warning("recovery attempt %d: %s", attempts, error)
                 self._epoch.leave(view)
                 if time.monotonic() - begin > deadline_s:
                     raise
+        self._enter(None)
         report = Report(
             epoch=view.epoch,
             ranks=view.ranks,
@@ -117,37 +119,29 @@ class Recovery:
             reason=reason,
             noticed_at=noticed_at,
             phase_s=self._seconds,
-            bytes_by_source={source: int(n) for source, n in zip(SOURCES, self._bytes, strict=True) if n},
+            bytes_by_source=num_bytes,
             bytes_lower_bound=self._lower_bound,
             rejected=self._rejected,
             attempts=attempts,
         )
         return placement, report
 
-    def _repair(self, view: View, groups: EpochGroups, version: int) -> Placement:
-        self._bytes.fill(0)
-        with self._phase(Phase.REPAIR):
-            held, version = self._gather(groups, version)
-            placement, held = self._plan(held, view, version + 1)
-            plan = plan_transfers(held, placement, view.ranks, self._topology)
-            unread = self._transfer(plan, groups)
-        with self._phase(Phase.COMMIT):
-            if self._vote(unread, groups):
-                left = read_elsewhere(unread, self._store, groups)
-                self._bytes[Distance.OUTSIDE] += (len(unread) - len(left)) * self._store.expert_bytes
-                if self._vote(left, groups):
-                    others = TransferFailed(f"a member of epoch {view.epoch} can have an expert from no source")
-                    raise left[0].why if left else others
-        return placement
+    def _repair(self, view: View, groups: EpochGroups, version: int) -> tuple[Placement, dict[str, int]]:
+        """The placement that all members hold now, and the bytes that came for it in the whole group.
 
-    def _vote(self, unread: Sequence[Unread], groups: EpochGroups) -> bool:
-        """Whether any member lacks an expert; if none does, all know the bytes of the whole group."""
-        brought = np.zeros((self._topology.num_ranks, len(SOURCES)), dtype=np.int64)
-        brought[self._me.rank] = self._bytes
-        lacking, *brought = groups.control.all_reduce_max([int(bool(unread)), *brought.ravel().tolist()])
-        if not lacking:
-            self._bytes = np.reshape(brought, (-1, len(SOURCES))).sum(axis=0)
-        return bool(lacking)
+        An expert is lost when no live slot holds it: so no replica can be a source here.
+        """
+        store, account = self._store, Account()
+        held, version = self._gather(groups, version)
+        placement = self._plan(held, view, version + 1)
+        vote = Vote(groups.control, account, before=lambda: self._enter(Phase.COMMIT))
+        until = Until(is_cancelled=lambda: self._epoch.is_left)
+        sources = [self._disk, OtherDisks(self._disk, store, groups)] if self._disk else []
+        try:
+            fill(store.wants(placement.of_rank(self._me.rank)), store, sources, account, until=until, any_lacks=vote)
+        finally:
+            self._rejected += account.rejected
+        return placement, vote.num_bytes
 
     def _gather(self, groups: EpochGroups, version: int) -> tuple[np.ndarray, int]:
         """What every seat holds, int32 [L, R * S]; and the newest placement version of all."""
@@ -166,7 +160,7 @@ class Recovery:
         table = groups.control.all_reduce_max_array(table)
         return table.reshape(num_layers, -1).astype(np.int32), version
 
-    def _plan(self, held: np.ndarray, view: View, version: int) -> tuple[Placement, np.ndarray]:
+    def _plan(self, held: np.ndarray, view: View, version: int) -> Placement:
         """The repaired placement; with more slots than before if it takes them and they may be added."""
         store, alive = self._store, view.ranks
         wanted = fewest_slots(store.num_experts, len(alive))
@@ -175,60 +169,15 @@ class Recovery:
             store.grow(wanted)
         moves = lower_bound_moves(held, store.num_experts, store.num_slots, alive)
         self._lower_bound = moves * store.expert_bytes
-        placement = repair(
+        return repair(
             held, store.num_experts, store.num_slots, alive, self._topology, version=version, epoch=view.epoch
         )
-        return placement, held
 
-    def _transfer(self, plan: TransferPlan, groups: EpochGroups) -> list[Unread]:
-        """Fill this rank's new slots, and serve the others'. Returns those that could not be filled."""
-        store, rank = self._store, self._me.rank
-        for move in plan.local_of(rank):
-            source = store.tensors(move.layer, move.source % plan.slots_per_rank)
-            for target, tensor in zip(store.vacate(move.layer, move.target % plan.slots_per_rank), source, strict=True):
-                target.copy_(tensor)
-        move_experts(
-            plan,
-            groups.data,
-            groups.ranks,
-            rank,
-            read=lambda m: store.tensors(m.layer, m.source % plan.slots_per_rank),
-            write=lambda m: store.vacate(m.layer, m.target % plan.slots_per_rank),
-            in_flight=MOVES_IN_FLIGHT,
-        )
-        unread = []
-        for move in plan.moves:
-            if plan.rank_of(move.target) == rank:
-                layer, slot, expert = move.layer, move.target % plan.slots_per_rank, move.expert
-                if why := self._accept(layer, slot, expert, plan.distance(move)):
-                    unread.append(Unread(layer, slot, expert, why))
-        return unread
-
-    def _accept(self, layer: int, slot: int, expert: int, distance: Distance) -> TransferFailed | None:
-        """Verify what was moved into a slot, or read it from disk. Returns why not."""
-        store = self._store
-        if distance is not Distance.OUTSIDE:
-            if store.accept(layer, slot, expert):
-                self._bytes[distance] += store.expert_bytes
-                return None
-            self._rejected += 1
-            log.warning("layer %d expert %d: the %s copy has a wrong digest; reading the disk", layer, expert, distance)
-        store.vacate(layer, slot)
-        try:
-            store.read_from_disk(layer, slot, expert)
-        except TransferFailed as error:
-            self._rejected += isinstance(error, DigestMismatch)
-            log.warning("%s; asking the other ranks", error)
-            return error
-        self._bytes[Distance.OUTSIDE] += store.expert_bytes
-        return None
-
-    @contextmanager
-    def _phase(self, phase: Phase) -> Iterator[None]:
-        begin = time.monotonic()
-        try:
-            yield
-        finally:
-            seconds = time.monotonic() - begin
-            self._seconds[phase.value] = self._seconds.get(phase.value, 0.0) + seconds
-            log.debug("phase %s took %.1f ms", phase.value, seconds * 1e3)
+    def _enter(self, phase: Phase | None) -> None:
+        """From here on the time is that of `phase`."""
+        now = time.monotonic()
+        if self._phase is not None:
+            seconds = now - self._phase_began
+            self._seconds[self._phase.value] = self._seconds.get(self._phase.value, 0.0) + seconds
+            log.debug("phase %s took %.1f ms", self._phase, seconds * 1e3)
+        self._phase, self._phase_began = phase, now

@@ -1,6 +1,18 @@
 """What a recovery has to tell: for the log, the metrics and /elastic/events."""
 
+import enum
+
 import msgspec
+
+
+class Outcome(enum.StrEnum):
+    """How a round of the load balancer has ended."""
+
+    MOVED = "moved"
+    KEPT = "kept"
+    """The placement is good enough."""
+    FAILED = "failed"
+    """Of its chunks those in `num_chunks` were swapped in, and the placement that they led to stays in use."""
 
 
 class Report(msgspec.Struct, tag="recovery", frozen=True):
@@ -14,7 +26,7 @@ class Report(msgspec.Struct, tag="recovery", frozen=True):
     noticed_at: float
     phase_s: dict[str, float]
     bytes_by_source: dict[str, int]
-    """Bytes that came into slots in the whole group, by distance (own, node, remote, disk), as they are in memory; of
+    """Bytes that came into slots in the whole group, by `weights.sources.Origin`, as they are in memory; of
     the attempt that succeeded."""
     bytes_lower_bound: int
     """Bytes of the copies newly needed in the whole group."""
@@ -36,9 +48,7 @@ class RebalanceReport(msgspec.Struct, tag="rebalance", frozen=True):
     """Of the placement in use after the round."""
     ops: tuple[str, ...]
     """Names of the requests that this round has answered."""
-    outcome: str
-    """`moved`, `kept` (the placement is good enough), or `failed` (of its chunks those in `num_chunks` were swapped in,
-    and the placement that they led to stays in use)."""
+    outcome: Outcome
     reason: str
     max_mean_before: float = 0.0
     """Load of the fullest rank over the mean, averaged over the layers."""

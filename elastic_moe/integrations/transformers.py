@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from elastic_moe.errors import CheckpointError, TransferFailed
 from elastic_moe.exchange.epochs import TokenShape
 from elastic_moe.experts.layout import ExpertLayout
 from elastic_moe.experts.slots import SlotExperts
@@ -17,8 +18,12 @@ from elastic_moe.placement.placement import EMPTY
 from elastic_moe.runtime import ElasticRuntime
 from elastic_moe.weights.checkpoint import CheckpointReader
 from elastic_moe.weights.conversion import target_dtypes
+from elastic_moe.weights.disk import Disk
 from elastic_moe.weights.materialize import materialize, set_tensor
+from elastic_moe.weights.memory import InMemory
 from elastic_moe.weights.peers import Peers
+from elastic_moe.weights.sources import Origin, fill
+from elastic_moe.weights.store import ExpertStore
 
 log = logging.getLogger(__name__)
 
@@ -93,17 +98,20 @@ def elasticize(
         raise ValueError("the model is on the meta device: give checkpoint=FOLDER to load it from")
     layouts = {name: ExpertLayout.of_module(module) for name, module in experts.items()}
     first = next(iter(layouts.values()))
-    runtime.exchanges.reserve(first.num_experts, _token_shape(model, first))
-    runtime.place(len(experts), first.num_experts, slots_per_rank=slots_per_rank, redundant_slots=redundant_slots)
+    placement = runtime.place(
+        len(experts),
+        first.num_experts,
+        slots_per_rank=slots_per_rank,
+        redundant_slots=redundant_slots,
+        tokens=_token_shape(model, first),
+    )
     if checkpoint is not None:
         return _load(model, runtime, experts, CheckpointReader(checkpoint, model, layouts), progress)
-    sources = {name: [getattr(module, key).detach() for key in layouts[name].names] for name, module in experts.items()}
-    layers = _swap(model, runtime, experts)
-    for name, layer in layers.items():
-        for slot, expert in _own_slots(runtime, layer):
-            for ours, source in zip(layer.experts.slot_tensors(slot), sources[name], strict=True):
-                ours.copy_(source[expert])
-    runtime.hold([layer.experts for layer in layers.values()])
+    trains = any(p.requires_grad for module in experts.values() for p in module.parameters())
+    held = [[getattr(module, name).detach() for name in layouts[key].names] for key, module in experts.items()]
+    store = ExpertStore(_swap(model, runtime, experts), trains=trains)
+    fill(store.wants(placement.of_rank(runtime.rank)), store, [InMemory(held)], runtime.pool.loaded)
+    runtime.hold(store)
     nn.Module.to(model, runtime.device)  # not the model's own `to`, whose wrapper types cannot see through
     return model
 
@@ -113,23 +121,16 @@ def _token_shape(model: PreTrainedModel, layout: ExpertLayout) -> TokenShape:
     return TokenShape(text.hidden_size, getattr(text, "num_experts_per_tok", 0), layout.dtypes[0])
 
 
-def _swap(model: PreTrainedModel, runtime: ElasticRuntime, experts: dict[str, nn.Module]) -> dict[str, ElasticMoELayer]:
-    """Put an ElasticMoELayer in the place of each experts module."""
-    layers: dict[str, ElasticMoELayer] = {}
-    num_slots = runtime.registry.placement.slots_per_rank
+def _swap(model: PreTrainedModel, runtime: ElasticRuntime, experts: dict[str, nn.Module]) -> list[SlotExperts]:
+    """Put an ElasticMoELayer in the place of each experts module. Returns their slots, which are empty."""
+    pool, layers = runtime.pool, []
     for number, (name, module) in enumerate(experts.items()):
         setattr(module, "_is_hf_initialized", True)  # noqa: B010 - it has no tensors left for transformers to initialise
-        slots = SlotExperts(module, ExpertLayout.of_module(module), num_slots, runtime.device)
-        layers[name] = ElasticMoELayer(number, slots, runtime)
-        model.set_submodule(name, layers[name])
-    runtime.layers = list(layers.values())
-    return layers
-
-
-def _own_slots(runtime: ElasticRuntime, layer: ElasticMoELayer) -> list[tuple[int, int]]:
-    """(slot, expert) of this rank's filled slots of one layer."""
-    held = runtime.registry.placement.of_rank(runtime.rank)[layer.layer]
-    return [(slot, int(expert)) for slot, expert in enumerate(held) if expert != EMPTY]
+        slots = SlotExperts(module, ExpertLayout.of_module(module), pool.placement.slots_per_rank, runtime.device)
+        layers.append(ElasticMoELayer(number, slots, pool))
+        model.set_submodule(name, layers[-1])
+    pool.idle.turns = [layer.join_idle for layer in layers]
+    return [layer.experts for layer in layers]
 
 
 def _load(
@@ -139,38 +140,37 @@ def _load(
     reader: CheckpointReader,
     progress: Progress | None,
 ) -> PreTrainedModel:
-    held = runtime.registry.placement.of_rank(runtime.rank)
-    counts = (held != EMPTY).sum(axis=1).tolist()
+    """Everything of a checkpoint that this rank needs: from members if it is a newcomer, else from the disk."""
+    names, pool, peers = list(experts), runtime.pool, runtime.peers()
+    goal = pool.placement.of_rank(runtime.rank)
+    counts = (goal != EMPTY).sum(axis=1).tolist()
     total = reader.bytes_total_dense
-    total += sum(reader.bytes_per_expert(name) * count for name, count in zip(experts, counts, strict=True))
-    peers = runtime.peers()
+    total += sum(reader.bytes_per_expert(name) * count for name, count in zip(names, counts, strict=True))
 
     def tell() -> None:
         if progress:
-            progress(reader.bytes_read + (peers.bytes if peers else 0), total)
+            from_peers = pool.loaded.num_bytes[Origin.NODE] + pool.loaded.num_bytes[Origin.REMOTE]
+            progress(reader.bytes_read + from_peers + (peers.dense_bytes if peers else 0), total)
 
     had = _dense_from(peers, model, reader, runtime.device) if peers else ()
     for name, tensor in reader.read_dense(runtime.device, but=had):
         set_tensor(model, name, tensor)
         tell()
-    layers = _swap(model, runtime, experts)
-    for name, layer in layers.items():
-        for slot, expert in _own_slots(runtime, layer):
-            out = layer.experts.slot_tensors(slot)
-            if not (peers and peers.expert(layer.layer, expert, out)):
-                reader.read_expert(name, expert, out)
-            tell()
+    store = ExpertStore(_swap(model, runtime, experts))
+    disk = Disk(lambda layer, expert, out: reader.read_expert(names[layer], expert, out))
+    pool.loaded.on_progress = tell
+    try:
+        fill(store.wants(goal), store, [disk, *([peers] if peers else [])], pool.loaded)
+    except TransferFailed as error:
+        if peers is None:  # a founder's own disk: nothing to wait for
+            raise CheckpointError(str(error)) from error
+        raise
     if peers:
-        log.info("weights: %.1f MB from peers, %.1f MB from disk", peers.bytes / 1e6, reader.bytes_read / 1e6)
+        log.info("dense weights: %.1f MB from members; experts: %s", peers.dense_bytes / 1e6, pool.loaded)
         peers.close()
     materialize(model, runtime.device, reader.missing)
-    names = list(experts)
-    runtime.hold(
-        [layer.experts for layer in layers.values()],
-        read=lambda layer, expert, out: reader.read_expert(names[layer], expert, out),
-    )
     dense = model.state_dict()
-    runtime.give_weights({name: dense[name] for name in reader.dense_names()})
+    runtime.hold(store, disk, {name: dense[name] for name in reader.dense_names()})
     return model.eval()
 
 

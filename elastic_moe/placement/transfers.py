@@ -24,10 +24,6 @@ class Distance(IntEnum):
     OUTSIDE = 3
 
 
-SOURCES = ("own", "node", "remote", "disk")
-"""Names of the distances, for reports and metrics."""
-
-
 @dataclass(frozen=True, slots=True)
 class Move:
     """Expert `expert` of layer `layer` goes into slot `target`, from slot `source` or from OUTSIDE (-1)."""

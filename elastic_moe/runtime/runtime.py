@@ -1,7 +1,8 @@
-"""ElasticRuntime: the one object a process builds. It owns the view, its groups, the placement and the experts held."""
+"""ElasticRuntime: the one object a process builds. It owns the view, its groups, and the pool of experts."""
 
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -10,33 +11,30 @@ import torch
 from elastic_moe.background import Latch
 from elastic_moe.config import EplbConfig, ExchangeConfig
 from elastic_moe.control.rebalance import load_balancer
-from elastic_moe.control.rebalancer import Rebalancer
 from elastic_moe.control.recovery import Recovery
 from elastic_moe.control.report import Report
 from elastic_moe.errors import PeerLost
-from elastic_moe.exchange.epochs import exchanges_of
-from elastic_moe.exchange.interface import TokenExchange
-from elastic_moe.experts.slots import SlotExperts
+from elastic_moe.exchange.epochs import TokenShape, exchanges_of
 from elastic_moe.group.groups import EpochGroups
 from elastic_moe.group.view import View
 from elastic_moe.membership.current_epoch import CurrentEpoch
 from elastic_moe.membership.launch import Launch, SeatStart, host_of
 from elastic_moe.membership.quorum import Membership
 from elastic_moe.membership.rendezvous import Seat, meet
-from elastic_moe.placement.loads import LoadCounter, read_loads
-from elastic_moe.placement.placement import Placement, fewest_slots, initial_placement
+from elastic_moe.placement.placement import Placement
 from elastic_moe.placement.registry import PlacementRegistry
 from elastic_moe.placement.topology import Topology
-from elastic_moe.runtime import lockstep
 from elastic_moe.runtime.hooks import Hooks
-from elastic_moe.runtime.idle import IdleForward, IdleLayer
+from elastic_moe.runtime.pool import ExpertPool, choose_placement
 from elastic_moe.supervision.supervised import Supervised
 from elastic_moe.transport.staging import open_staging
+from elastic_moe.weights.disk import Disk
 from elastic_moe.weights.peers import Peers, WeightServer
-from elastic_moe.weights.store import ExpertStore, ReadExpert
+from elastic_moe.weights.store import ExpertStore
 
 log = logging.getLogger(__name__)
 
+FINISH_POLL_S = 0.05
 Result = TypeVar("Result")
 
 
@@ -73,7 +71,6 @@ class ElasticRuntime:
         """
         self.seat = seat
         self.rank = seat.member.rank
-        self.topology = topology
         self.device = device
         self.steps = 0  # forwards finished
         self.handshakes = 0
@@ -83,10 +80,7 @@ class ElasticRuntime:
         self.on_placement_changed, self.on_view = self._hooks.placement_changed, self._hooks.view
         self.on_change: Callable[[], None] = lambda: None
         """Called, in another thread, when the group is about to change: a rank that sleeps outside must come."""
-        self.layers: Sequence[IdleLayer] = []
-        """The ElasticMoELayer modules in their order; `elasticize` sets it."""
-        self.idle = IdleForward()
-        self.signals = seat.signals
+        self._topology = topology
         self._latch = Latch()
         self._start_timeout_s = start_timeout_s
         self._exchange_timeout_s = exchange_timeout_s
@@ -97,12 +91,8 @@ class ElasticRuntime:
         self._group_device = torch.device("cpu") if symmetric else device
         self._membership = Membership(seat.member, lighthouses or view.lighthouses, self.fail)
         self._epoch = CurrentEpoch(seat.member, view, seat.signals, self._membership, lambda: self.on_change())
-        self._registry: PlacementRegistry | None = None
-        self.exchanges = exchanges_of(exchange, seat.member, topology.num_ranks, device, exchange_timeout_s)
-        self._exchange: TokenExchange | None = None
-        self._load_counter: LoadCounter | None = None
-        self._rebalancer: Rebalancer | None = None
-        self._store: ExpertStore | None = None
+        self._exchanges = exchanges_of(exchange, seat.member, topology.num_ranks, device, exchange_timeout_s)
+        self._pool: ExpertPool | None = None
         self._weight_server: WeightServer | None = None
         self._supervised: Supervised | None = None
         self._epoch.listen(silence_timeout_s, self.fail)
@@ -153,114 +143,91 @@ class ElasticRuntime:
         return self._epoch.view
 
     @property
-    def epoch(self) -> int:
-        """The number of the current view."""
-        return self.view.epoch
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether a process sits in every seat of the launch."""
-        return len(self.view.members) == self.topology.num_ranks
-
-    @property
     def groups(self) -> EpochGroups:
         """The current epoch's groups; PeerLost for a newcomer that has none yet."""
         return self._epoch.groups
 
     @property
-    def registry(self) -> PlacementRegistry:
-        """The committed placement; RuntimeError before `place`."""
-        return _placed(self._registry)
-
-    @property
-    def exchange(self) -> TokenExchange:
-        """The way tokens travel in this epoch; RuntimeError before `place`."""
-        return _placed(self._exchange)
-
-    @property
-    def store(self) -> ExpertStore:
-        """The experts held here; RuntimeError before `hold`."""
-        return _placed(self._store)
-
-    @property
-    def load_counter(self) -> LoadCounter:
-        """Where the layers count their tokens; RuntimeError before `place`."""
-        return _placed(self._load_counter)
-
-    @property
-    def rebalancer(self) -> Rebalancer:
-        """The load balancer; RuntimeError before `place`."""
-        return _placed(self._rebalancer)
+    def pool(self) -> ExpertPool:
+        """The experts of this rank; RuntimeError before `place`."""
+        if self._pool is None:
+            raise RuntimeError("no experts are placed yet: call runtime.place or elasticize first")
+        return self._pool
 
     def place(
-        self, num_layers: int, num_experts: int, *, slots_per_rank: int | None = None, redundant_slots: int = 0
+        self,
+        num_layers: int,
+        num_experts: int,
+        *,
+        slots_per_rank: int | None = None,
+        redundant_slots: int = 0,
+        tokens: TokenShape | None = None,
     ) -> Placement:
-        """Commit the initial placement of L layers x E experts over all seats.
+        """Commit the initial placement of L layers x E experts over all seats, see `choose_placement`.
 
-        `slots_per_rank` S is ceil(E / R) + `redundant_slots` unless given. Every rank computes the same. Spare slots
-        hold replicas if any were asked for (by either argument); the remainder of E / R alone makes none. With
-        `eplb.initial_loads` experts are placed by these loads.
+        `tokens` is what travels; with `exchange.kind=symmetric` memory is reserved for it.
 
         Raises:
             NotEnoughSlots: R * S < E; the message says how many are needed.
-            ValueError: the file of initial loads cannot be read or does not fit.
+            ValueError: the file of initial loads cannot be read or does not fit; or tokens that cannot travel so.
         """
-        replicate = slots_per_rank is not None or redundant_slots > 0
-        if slots_per_rank is None:
-            slots_per_rank = fewest_slots(num_experts, self.topology.num_ranks) + redundant_slots
-        if self._eplb.initial_loads:
-            loads = read_loads(self._eplb.initial_loads, num_layers, num_experts)
-            balance = load_balancer()
-            placement = balance(loads, self.topology, slots_per_rank, algorithm=self._eplb.algorithm)
-        else:
-            placement = initial_placement(num_layers, num_experts, self.topology, slots_per_rank, replicate=replicate)
-        self._registry = PlacementRegistry(placement, self.rank, self.topology, self.device)
-        if self._eplb.mode != "off":
+        if tokens is not None:
+            self._exchanges.reserve(num_experts, tokens)
+        eplb, me = self._eplb, self.seat.member
+        placement = choose_placement(
+            num_layers,
+            num_experts,
+            self._topology,
+            eplb,
+            slots_per_rank=slots_per_rank,
+            redundant_slots=redundant_slots,
+        )
+        if eplb.mode != "off":
             load_balancer()
-        self._load_counter = LoadCounter(num_layers, num_experts, self.device)
-        config, me = self._exchange_config, self.seat.member
-        staging = open_staging(config, self._eplb, me, self.topology, self.device, self._exchange_timeout_s)
-        self._rebalancer = Rebalancer(
-            self._eplb,
-            self.rank,
-            self._registry,
-            self._load_counter,
+        config, timeout_s = self._exchange_config, self._exchange_timeout_s
+        self._pool = ExpertPool(
+            PlacementRegistry(placement, self.rank, self._topology, self.device),
+            self._exchanges,
+            open_staging(config, eplb, me, self._topology, self.device, timeout_s),
+            eplb,
+            self.device,
             steps=lambda: self.steps,
-            staging=staging,
             wake=lambda: self.on_change(),
             committed=self._hooks.call_placement_changed,
             on_error=self.fail,
         )
-        self._use_groups()
+        if self._epoch.is_entered:
+            self._pool.enter(self.view, self.groups)
         return placement
 
-    def hold(self, layers: Sequence[SlotExperts], read: ReadExpert | None = None) -> None:
+    def hold(
+        self, store: ExpertStore, disk: Disk | None = None, dense: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
         """Take the experts of this rank, loaded as the placement says, in order to move and restore them later.
 
         Args:
-            layers: of all MoE layers, in the placement's order.
-            read: where an expert comes from that no live rank holds (the checkpoint).
+            store: all MoE layers, in the placement's order.
+            disk: where an expert comes from that no live rank holds (the checkpoint).
+            dense: the other tensors by their names in the state dict, for newcomers.
 
         Raises:
-            ValueError: experts shall be balanced, but there is no `read`: a loss amid a move could not be mended.
+            ValueError: experts shall be balanced, but there is no `disk`: a loss amid a move could not be mended.
+            PeerLost: a peer died, left, or missed the deadline.
         """
-        if read is None and self._eplb.mode != "off":
-            raise ValueError(f"eplb.mode={self._eplb.mode} needs a checkpoint; elasticize with checkpoint=, or use off")
-        self._store = ExpertStore(layers, self.registry.placement.of_rank(self.rank), read)
-        self._store.record_digests()
+        self.pool.hold(store, disk)
+        store.record_digests()
         if self._epoch.is_entered:
             with self.groups.control.patient(self._start_timeout_s):  # for those that load slowly
-                self._store.digests = self.groups.control.all_reduce_max_array(self._store.digests)
-            self.rebalancer.begin_epoch(self.view, self.groups, self._store, changed=False)
+                store.digests = self.groups.control.all_reduce_max_array(store.digests)
+            self.pool.balance(self.view, self.groups, changed=False)
+        if self._weight_server is not None and dense is not None:
+            self._weight_server.start(dense, store, self.fail)
 
     def peers(self) -> Peers | None:
         """Where a newcomer takes its weights from, before the disk; None for a process that is a member."""
-        return None if self._epoch.is_entered else Peers(m for m in self.view.members if m.rank != self.rank)
-
-    def give_weights(self, dense: Mapping[str, torch.Tensor]) -> None:
-        """Offer the experts held here, and these dense tensors by their names in the state dict, to newcomers."""
-        if self._weight_server is not None:
-            self._weight_server.start(dense, self.store, self.fail)
+        if self._epoch.is_entered:
+            return None
+        return Peers([m for m in self.view.members if m.rank != self.rank], self.seat.member.node)
 
     def agree(self, *flags: int) -> list[int]:
         """The largest value of each flag over all ranks. Collective; every rank gives as many flags.
@@ -271,8 +238,8 @@ class ElasticRuntime:
         """
         self._latch.check()
         self.handshakes += 1
-        if self._rebalancer is not None:
-            self._rebalancer.enter_step(self.handshakes)
+        if self._pool is not None:
+            self._pool.balancer.enter_step(self.handshakes)
         *agreed, joining = self.groups.control.all_reduce_max([*flags, int(self._epoch.somebody_knocks)])
         if joining:
             raise PeerLost("a process joins")
@@ -282,7 +249,7 @@ class ElasticRuntime:
     def step(self) -> Iterator[None]:
         """One forward, in one epoch and one placement version. Counted in `steps` when it finishes."""
         yield
-        self.exchange.check()
+        self.pool.exchange.check()
         self.steps += 1
 
     def run(self, forward: Callable[[], Result]) -> Result:
@@ -295,7 +262,13 @@ class ElasticRuntime:
             NotEnoughSlots, TransferFailed: the experts cannot be restored.
             PeerLost: no agreement within a minute.
         """
-        return lockstep.run(self, forward)
+        while True:
+            try:
+                self.agree(1)
+                with self.step():
+                    return forward()
+            except PeerLost as error:
+                self.recover(str(error))
 
     def finish(self) -> None:
         """Take part, without tokens, in what the others still run, until every rank of the launch has come here, also
@@ -305,7 +278,8 @@ class ElasticRuntime:
             NotEnoughSlots, TransferFailed: the experts cannot be restored.
             PeerLost: no agreement within a minute.
         """
-        lockstep.help_others(self)
+        while self._others_run():
+            pass
         with contextlib.suppress(PeerLost):
             self.groups.control.barrier()  # nobody leaves before all know that it is over
         if self._supervised is not None:
@@ -319,16 +293,21 @@ class ElasticRuntime:
             PeerLost: a peer died, left, or missed the deadline.
         """
         with self.step():
-            self.idle(self.layers, self.registry.placement.slots_per_rank)
+            self.pool.join_idle()
 
-    def rehearse(self, act: Callable[[], None]) -> None:
-        """Run `act`, forwards that reach nobody and count for nothing: kernels are loaded and CUDA graphs made before
-        they are needed. Where `exchanges.can_rehearse`; while no peer waits for this rank."""
-        with (
-            self.load_counter.stopped(),
-            self.exchanges.muted(self.registry.placement.slots_per_rank) as self._exchange,
-        ):
-            act()
+    def _others_run(self) -> bool:
+        """Take part in what the others run now. False: no rank of the whole launch has anything left."""
+        try:
+            (busy,) = self.agree(0)
+            if busy:
+                self.join_idle()
+            elif len(self.view.members) == self._topology.num_ranks:
+                return False
+            else:
+                time.sleep(FINISH_POLL_S)
+        except PeerLost as error:
+            self.recover(str(error))
+        return True
 
     @property
     def change_is_wanted(self) -> bool:
@@ -344,25 +323,27 @@ class ElasticRuntime:
             RuntimeError: a background thread of this rank died.
         """
         self._latch.check()
-        log.info("leaving epoch %d: %s", self.epoch, reason)
+        log.info("leaving epoch %d: %s", self.view.epoch, reason)
+        pool = self.pool
         self._epoch.leave(self.view)
-        self.rebalancer.end_epoch()
+        pool.balancer.end_epoch()
         recovery = Recovery(
             self.seat.member,
             self._membership,
             self._epoch,
-            self.topology,
-            self.store,
+            self._topology,
+            pool.store,
+            pool.disk,
             self._group_device,
             exchange_timeout_s=self._exchange_timeout_s,
             grow_slots=self._grow_slots,
         )
-        version, newcomer = self.registry.placement.version, not self._epoch.is_entered
-        placement, report = recovery.run(self.view, version, reason, newcomer=newcomer)
-        self.registry.commit(placement)
-        self._use_groups()
+        newcomer = not self._epoch.is_entered
+        placement, report = recovery.run(self.view, pool.placement.version, reason, newcomer=newcomer)
+        pool.registry.commit(placement)
+        pool.enter(self.view, self.groups)
         self.handshakes = 0
-        self.rebalancer.begin_epoch(self.view, self.groups, self.store, changed=True)
+        pool.balance(self.view, self.groups, changed=True)
         log.info("recovered: %s", report)
         self._hooks.call(self.rank, self.view, placement, report)
         return report
@@ -371,27 +352,17 @@ class ElasticRuntime:
         """A thread of this rank has died of `error`: the call in flight breaks off, and the next one here raises. From
         any thread."""
         self._latch.set(error)
-        self._epoch.abort(self.epoch)
+        self._epoch.abort(self.view.epoch)
         self.on_change()
 
     def close(self) -> None:
         """Leave for good. Peers still inside a call get `PeerLost`."""
-        if self._rebalancer is not None:
-            self._rebalancer.end_epoch()
+        if self._pool is not None:
+            self._pool.balancer.end_epoch()
         self._membership.close()
-        self.signals.close()
+        self.seat.signals.close()
         if self._weight_server is not None:
             self._weight_server.close()
         if self._epoch.is_entered:
             self.groups.abort()
-        self.exchanges.close()
-
-    def _use_groups(self) -> None:
-        if self._epoch.is_entered:
-            self._exchange = self.exchanges.enter(self.view, self.groups, self.registry.placement.slots_per_rank)
-
-
-def _placed(thing: Result | None) -> Result:
-    if thing is None:
-        raise RuntimeError("no experts are placed yet: call runtime.place or elasticize first")
-    return thing
+        self._exchanges.close()

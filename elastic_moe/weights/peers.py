@@ -5,7 +5,8 @@ dtypes, shapes and digest. What was received is verified; whoever does not answe
 """
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -15,6 +16,7 @@ import zmq
 from elastic_moe.background import OnError, end_process, start_thread
 from elastic_moe.group.view import Member
 from elastic_moe.weights.digest import digest
+from elastic_moe.weights.sources import Came, Landing, Missed, Origin, Source, Until, Want
 from elastic_moe.weights.store import ExpertStore
 
 TIMEOUT_MS = 5000
@@ -25,16 +27,16 @@ GREET_MS = 200
 POLL_MS = 500
 
 
-class Want(msgspec.Struct, frozen=True):
+class WeightRequest(msgspec.Struct, frozen=True):
     """Newcomer -> member: send the dense tensor `name`; or expert `expert` of MoE layer `layer`, if it is there; the
-    defaults are a greeting, answered with an empty `Gift`."""
+    defaults are a greeting, answered with an empty `WeightReply`."""
 
     name: str = ""
     layer: int = -1
     expert: int = -1
 
 
-class Gift(msgspec.Struct, frozen=True):
+class WeightReply(msgspec.Struct, frozen=True):
     """Member -> newcomer: what follows, one frame of raw bytes per tensor; nothing when it is not there."""
 
     dtypes: list[str] = []
@@ -42,8 +44,8 @@ class Gift(msgspec.Struct, frozen=True):
     digest: int = 0
 
 
-_decode_want = msgspec.msgpack.Decoder(Want).decode
-_decode_gift = msgspec.msgpack.Decoder(Gift).decode
+_decode_request = msgspec.msgpack.Decoder(WeightRequest).decode
+_decode_reply = msgspec.msgpack.Decoder(WeightReply).decode
 _encode = msgspec.msgpack.Encoder().encode
 
 
@@ -71,17 +73,17 @@ class WeightServer:
                 continue
             sender, *frames = self._router.recv_multipart()
             try:
-                want = _decode_want(frames[-1])
+                request = _decode_request(frames[-1])
             except msgspec.MsgspecError:
                 continue  # not one of ours
-            if want.name:
-                tensors = [dense[want.name].detach().cpu()] if want.name in dense else []
+            if request.name:
+                tensors = [dense[request.name].detach().cpu()] if request.name in dense else []
             else:
-                tensors = _copy_of(store, want.layer, want.expert)
-            gift = Gift(
+                tensors = _copy_of(store, request.layer, request.expert)
+            reply = WeightReply(
                 [str(t.dtype) for t in tensors], [list(t.shape) for t in tensors], digest(tensors) if tensors else 0
             )
-            self._router.send_multipart([sender, _encode(gift), *(_bytes_of(t) for t in tensors)])
+            self._router.send_multipart([sender, _encode(reply), *(_bytes_of(t) for t in tensors)])
         self._router.close(linger=0)
 
 
@@ -97,63 +99,82 @@ def _copy_of(store: ExpertStore, layer: int, expert: int) -> list[torch.Tensor]:
     return []
 
 
-class Peers:
-    """A newcomer's view of the members as a source of weights. For one thread."""
+class _Answer(NamedTuple):
+    """One member's answer to one request, its bytes written where they were wanted."""
 
-    def __init__(self, members: Iterable[Member]) -> None:
-        """Greet all of them, and go on with those that answer."""
-        self.bytes = 0
-        """Bytes received and accepted."""
-        poller, greeted = zmq.Poller(), []
+    digest: int
+    origin: Origin
+    num_bytes: int
+
+
+class Peers(Source):
+    """The members as a newcomer sees them. For one thread."""
+
+    nearest = Origin.NODE
+
+    def __init__(self, members: Iterable[Member], node: int) -> None:
+        """Greet all `members`, and go on with those that answer; `node` is the newcomer's."""
+        self.dense_bytes = 0
+        """Bytes of dense tensors received and accepted."""
+        poller, origins = zmq.Poller(), {}
         for member in members:
             socket = zmq.Context.instance().socket(zmq.DEALER)
             socket.setsockopt(zmq.LINGER, 0)
             socket.connect(member.weights)
-            socket.send(_encode(Want()))
+            socket.send(_encode(WeightRequest()))
             poller.register(socket, zmq.POLLIN)
-            greeted.append(socket)
-        self._sockets: list[zmq.Socket] = []
-        while len(self._sockets) < len(greeted) and (ready := poller.poll(GREET_MS if self._sockets else TIMEOUT_MS)):
+            origins[socket] = Origin.NODE if member.node == node else Origin.REMOTE
+        self._origins: dict[zmq.Socket, Origin] = {}
+        while len(self._origins) < len(origins) and (ready := poller.poll(GREET_MS if self._origins else TIMEOUT_MS)):
             for socket, _ in ready:
                 socket.recv_multipart()
                 poller.unregister(socket)
-                self._sockets.append(socket)
-        for socket in greeted:
-            if socket not in self._sockets:
-                socket.close()
+                self._origins[socket] = origins[socket]
+        for socket in origins.keys() - self._origins.keys():
+            socket.close()
 
     def dense(self, name: str, out: torch.Tensor) -> bool:
-        """Fill `out` with the dense tensor `name`. False: no member has it."""
-        return self._fetch(Want(name=name), [out])
+        """Fill `out` with the dense tensor `name`. False: no member has it right."""
+        for answer in self._answers(WeightRequest(name=name), [out], Until()):
+            if digest([out]) == answer.digest:
+                self.dense_bytes += answer.num_bytes
+                return True
+        return False
 
-    def expert(self, layer: int, expert: int, out: Sequence[torch.Tensor]) -> bool:
-        """Fill the tensors `out` with an expert. False: no member has it."""
-        return self._fetch(Want(layer=layer, expert=expert), out)
+    def fetch(self, wants: Sequence[Want], landing: Landing, until: Until) -> Iterator[Came | Missed]:
+        """See `Source.fetch`. Members are asked in turn for each, until one sends bytes that are accepted."""
+        for want in wants:
+            request = WeightRequest(layer=want.layer, expert=want.expert)
+            for answer in self._answers(request, landing.open(want), until):
+                yield Came(want, answer.origin, answer.digest)
+                if landing.has(want):
+                    break
+            else:
+                yield Missed(want, f"none of {len(self._origins)} members that answer has it right")
 
     def close(self) -> None:
         """Disconnect."""
-        for socket in self._sockets:
+        for socket in self._origins:
             socket.close()
 
-    def _fetch(self, want: Want, out: Sequence[torch.Tensor]) -> bool:
+    def _answers(self, request: WeightRequest, out: Sequence[torch.Tensor], until: Until) -> Iterator[_Answer]:
+        """Ask one member after the other to fill `out`; each that does is an answer."""
         wanted = ([str(t.dtype) for t in out], [list(t.shape) for t in out])
-        for socket in list(self._sockets):
-            socket.send(_encode(want))
-            if not socket.poll(TIMEOUT_MS):
+        for socket, origin in list(self._origins.items()):
+            socket.send(_encode(request))
+            if not socket.poll(int(min(TIMEOUT_MS, until.left_s * 1000))):
                 socket.close()
-                self._sockets.remove(socket)
+                del self._origins[socket]
                 continue
-            self._sockets.append(self._sockets.pop(0))  # spread the load: another is asked first the next time
+            self._origins[socket] = self._origins.pop(socket)  # spread the load: another is asked first the next time
             header, *frames = socket.recv_multipart()
-            gift = _decode_gift(header)
-            if (gift.dtypes, gift.shapes) != wanted:
+            reply = _decode_reply(header)
+            sizes = [t.numel() * t.element_size() for t in out]
+            if (reply.dtypes, reply.shapes) != wanted or [len(frame) for frame in frames] != sizes:
                 continue
             for tensor, frame in zip(out, frames, strict=True):
                 tensor.detach().copy_(torch.frombuffer(bytearray(frame), dtype=tensor.dtype).view(tensor.shape))
-            if digest(out) == gift.digest:
-                self.bytes += sum(map(len, frames))
-                return True
-        return False
+            yield _Answer(reply.digest, origin, sum(sizes))
 
 
 def _bytes_of(tensor: torch.Tensor) -> bytes:

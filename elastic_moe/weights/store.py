@@ -1,36 +1,37 @@
 """ExpertStore: the experts one rank holds, of all MoE layers, with their digests. The truth about "who has what"."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from elastic_moe.errors import CheckpointError, DigestMismatch, TransferFailed
 from elastic_moe.experts.slots import SlotExperts
 from elastic_moe.placement.placement import EMPTY
 from elastic_moe.weights.digest import digest
-
-ReadExpert = Callable[[int, int, Sequence[torch.Tensor]], int]
-"""`read(layer, expert, out)` fills the tensors of an expert from outside the group and returns the bytes read."""
+from elastic_moe.weights.sources import Landing, Want
 
 UNKNOWN = -1
 """A digest nobody has computed yet."""
 
 
-class ExpertStore:
+class ExpertStore(Landing):
     """Slots of every layer and what is in them.
 
     `held` int32 [L, S] is this rank's inventory. A slot is marked empty before its bytes are overwritten and filled
     again only when the new bytes are verified, so a transfer that breaks off never leaves a slot that lies.
     """
 
-    def __init__(self, layers: Sequence[SlotExperts], held: np.ndarray, read: ReadExpert | None = None) -> None:
-        """`read` is the source of last resort: the checkpoint on disk."""
+    def __init__(self, layers: Sequence[SlotExperts], held: np.ndarray | None = None, *, trains: bool = False) -> None:
+        """`held` is what the slots hold already, by default nothing. `trains`: experts change, so that no digest stays
+        true."""
         self.layers = list(layers)
+        if held is None:
+            held = np.full((len(self.layers), self.layers[0].num_slots), EMPTY)
         self.held = np.array(held, dtype=np.int32)
         self.num_experts = self.layers[0].layout.num_experts
         self.digests = np.full((len(self.layers), self.num_experts), UNKNOWN, dtype=np.int64)
-        self._read = read
+        self._trains = trains
+        self._next_check = 0
 
     @property
     def num_slots(self) -> int:
@@ -42,15 +43,19 @@ class ExpertStore:
         """Bytes of one expert of one layer in memory (of the first layer; they are alike in practice)."""
         return self.layers[0].layout.num_bytes
 
+    def wants(self, goal: np.ndarray) -> list[Want]:
+        """What is lacking in order to hold `goal`, int32 [L, S]."""
+        lacking = np.argwhere((goal != EMPTY) & (goal != self.held))
+        return [Want(layer, int(goal[layer, slot]), slot) for layer, slot in lacking.tolist()]
+
     def record_digests(self) -> None:
-        """Compute the digest of every expert held here that is not known yet; without a checkpoint, which experts in
-        training have not, of all."""
-        if self._read is None:
+        """Compute the digest of every expert held here that is not known yet; in training, of all."""
+        if self._trains:
             self.digests.fill(UNKNOWN)
-        for layer, slot in np.argwhere(self.held != EMPTY):
+        for layer, slot in np.argwhere(self.held != EMPTY).tolist():
             expert = self.held[layer, slot]
             if self.digests[layer, expert] == UNKNOWN:
-                self.digests[layer, expert] = digest(self.layers[layer].slot_tensors(int(slot)))
+                self.digests[layer, expert] = digest(self.tensors(layer, slot))
 
     def trust(self, digests: np.ndarray) -> int:
         """Take the group's digests, int64 [L, E], for the truth, and give up slots whose bytes have another one.
@@ -84,65 +89,58 @@ class ExpertStore:
         self.held[layer, slot] = EMPTY
         return self.tensors(layer, slot)
 
-    def accept(self, layer: int, slot: int, expert: int) -> bool:
-        """Verify the bytes written into a vacated slot and mark it filled. False: the digest is wrong."""
-        known, found = self.digests[layer, expert], digest(self.tensors(layer, slot))
-        if known not in (UNKNOWN, found):
+    def open(self, want: Want) -> Sequence[torch.Tensor]:
+        """See `Landing.open`: its slot is empty until `accept`."""
+        return self.vacate(want.layer, want.slot)
+
+    def accept(self, want: Want, said: int | None = None) -> bool:
+        """See `Landing.accept`."""
+        tensors = self.tensors(want.layer, want.slot)
+        right = self.is_right(want.layer, want.expert, tensors, said)
+        if right:
+            self.held[want.layer, want.slot] = want.expert
+        return right
+
+    def has(self, want: Want) -> bool:
+        """See `Landing.has`."""
+        return bool(self.held[want.layer, want.slot] == want.expert)
+
+    def num_bytes(self, want: Want) -> int:
+        """See `Landing.num_bytes`."""
+        return self.layers[want.layer].layout.num_bytes
+
+    def is_right(self, layer: int, expert: int, tensors: Sequence[torch.Tensor], said: int | None = None) -> bool:
+        """Whether `tensors` have the digest of an expert: the group's if it is known, else `said`. Without either it is
+        theirs from now on."""
+        known, found = self.digests[layer, expert], digest(tensors)
+        expected = said if known == UNKNOWN else known
+        if expected not in (None, found):
             return False
         self.digests[layer, expert] = found
-        self.held[layer, slot] = expert
         return True
 
-    def is_right(self, layer: int, expert: int, tensors: Sequence[torch.Tensor]) -> bool:
-        """Whether `tensors` have the digest of an expert, as far as it is known."""
-        return self.digests[layer, expert] in (UNKNOWN, digest(tensors))
-
-    def install(self, layer: int, slot: int, expert: int, tensors: Sequence[torch.Tensor]) -> None:
-        """Copy an expert that was verified elsewhere (in staging) into a slot."""
-        for target, source in zip(self.vacate(layer, slot), tensors, strict=True):
+    def install(self, want: Want, tensors: Sequence[torch.Tensor]) -> None:
+        """Copy an expert that was verified elsewhere (in staging) into its slot."""
+        for target, source in zip(self.open(want), tensors, strict=True):
             target.copy_(source, non_blocking=True)
-        self.held[layer, slot] = expert
+        self.held[want.layer, want.slot] = want.expert
 
-    def read_from_disk(self, layer: int, slot: int, expert: int) -> None:
-        """Fill a vacated slot from the checkpoint, verified.
-
-        Raises:
-            TransferFailed: there is no checkpoint, or it cannot be read; `DigestMismatch`: its bytes are not those of
-                the group.
-        """
-        self._read_into(layer, expert, self.tensors(layer, slot))
-        if not self.accept(layer, slot, expert):
-            raise self._mismatch(layer, expert)
-
-    def read_into(self, layer: int, expert: int, out: Sequence[torch.Tensor]) -> None:
-        """Read an expert from the checkpoint into `out`, verified.
+    def check_integrity(self, placed: np.ndarray) -> None:
+        """Whether the slots hold what is placed there, int32 [L, S]; and whether the bytes of one of them, the next at
+        each call, still have their digest. For idle time.
 
         Raises:
-            TransferFailed: there is no checkpoint, or it cannot be read; `DigestMismatch`: its bytes are not those of
-                the group.
+            ValueError: they do not.
         """
-        self._read_into(layer, expert, out)
-        if not self.is_right(layer, expert, out):
-            raise self._mismatch(layer, expert)
-
-    def read_aside(self, layer: int, expert: int) -> Sequence[torch.Tensor] | None:
-        """An expert from the checkpoint into new tensors, for another rank; None when it is not to be had right."""
-        tensors = [torch.empty_like(tensor) for tensor in self.tensors(layer, 0)]
-        try:
-            self.read_into(layer, expert, tensors)
-        except TransferFailed:
-            return None
-        return tensors
-
-    def _mismatch(self, layer: int, expert: int) -> DigestMismatch:
-        where = f"layer {layer} expert {expert}"
-        return DigestMismatch(f"{where}: no live copy, and the checkpoint's bytes have another digest than at start")
-
-    def _read_into(self, layer: int, expert: int, out: Sequence[torch.Tensor]) -> None:
-        where = f"layer {layer} expert {expert}"
-        if self._read is None:
-            raise TransferFailed(f"{where}: no live copy, and no checkpoint to read it from")
-        try:
-            self._read(layer, expert, out)
-        except (CheckpointError, OSError) as error:
-            raise TransferFailed(f"{where}: no live copy, and the checkpoint failed: {error}") from error
+        if not np.array_equal(self.held, placed):
+            layer, slot = np.argwhere(self.held != placed)[0].tolist()
+            held, wanted = self.held[layer, slot], placed[layer, slot]
+            raise ValueError(f"layer {layer} slot {slot} holds expert {held}, but {wanted} is placed there")
+        filled = np.argwhere(self.held != EMPTY).tolist()
+        if self._trains or not filled:
+            return
+        layer, slot = filled[self._next_check % len(filled)]
+        self._next_check += 1
+        expert = int(self.held[layer, slot])
+        if self.digests[layer, expert] != digest(self.tensors(layer, slot)):
+            raise ValueError(f"layer {layer} expert {expert} in slot {slot} has changed: its digest is another one")

@@ -13,6 +13,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from elastic_moe.experts.slots import SlotExperts
 from elastic_moe.layer import ElasticMoELayer
 from elastic_moe.runtime import ElasticRuntime
+from elastic_moe.weights.store import ExpertStore
 from elastic_moe.experts.layout import ExpertLayout
 
 HIDDEN, INTER, EXPERTS, TOP_K = 16, 12, 7, 3
@@ -43,12 +44,12 @@ def tokens_of(rank: int, num_tokens: int, dtype: torch.dtype) -> tuple[torch.Ten
 def wrap(module: torch.nn.Module, runtime: ElasticRuntime) -> ElasticMoELayer:
     layout = ExpertLayout.of_module(module)
     sources = [getattr(module, name).detach().clone() for name in layout.names]
-    slots = SlotExperts(module, layout, runtime.registry.placement.slots_per_rank, runtime.device)
-    for slot, expert in enumerate(runtime.registry.placement.of_rank(runtime.rank)[0]):
+    slots = SlotExperts(module, layout, runtime.pool.placement.slots_per_rank, runtime.device)
+    for slot, expert in enumerate(runtime.pool.placement.of_rank(runtime.rank)[0]):
         for ours, source in zip(slots.slot_tensors(slot), sources, strict=True):
             if expert >= 0:
                 ours.copy_(source[expert])
-    return ElasticMoELayer(0, slots, runtime)
+    return ElasticMoELayer(0, slots, runtime.pool)
 
 
 def forward_rank(launch, kind, dtype, redundant, num_tokens):
@@ -68,7 +69,7 @@ def load_slowly(launch):
     runtime.place(1, EXPERTS)
     layer = wrap(build_experts("qwen3_moe", torch.float32), runtime)
     time.sleep(2 * launch.rank)
-    runtime.hold([layer.experts])
+    runtime.hold(ExpertStore([layer.experts], runtime.pool.placement.of_rank(runtime.rank), trains=True))
     runtime.groups.control.barrier()
     assert runtime.groups.control.timeout_s == 0.5
     runtime.close()

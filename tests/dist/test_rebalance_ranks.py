@@ -50,24 +50,24 @@ def serve(launch, folder, mode, rounds, layers_per_chunk=1):
                 tokens = tokens_of(launch.rank + 10 * number, step)
                 logits[10 * number, step] = runtime.run(lambda: model(input_ids=tokens).logits)  # noqa: B023
                 step += 1
-            runtime.rebalancer.request(f"op{number}")
+            runtime.pool.balancer.request(f"op{number}")
             while True:
-                if not runtime.rebalancer.reports.empty():
-                    reports.append(runtime.rebalancer.reports.get())
+                if not runtime.pool.balancer.reports.empty():
+                    reports.append(runtime.pool.balancer.reports.get())
                 if not runtime.agree(int(len(reports) <= number))[0]:
                     break
                 tokens = tokens_of(launch.rank + 10 * number, step)
                 with runtime.step():
                     logits[10 * number, step] = model(input_ids=tokens).logits
                 step += 1
-    store, placement = runtime.store, runtime.registry.placement
+    store, placement = runtime.pool.store, runtime.pool.placement
     wrong = [
         (layer, slot)
         for layer, slot in np.argwhere(store.held >= 0).tolist()
         if digest(store.tensors(layer, slot)) != store.digests[layer, store.held[layer, slot]]
     ]
     held = np.array_equal(store.held, placement.of_rank(runtime.rank))
-    runtime.registry.check_integrity()
+    runtime.pool.registry.check_integrity()
     runtime.groups.control.barrier()
     runtime.close()
     hashes = [(p.version, p.hash) for p in placements]

@@ -16,7 +16,7 @@ FIRST = Death(3, "combine", nth=5)
 target of some expert, or stands by, as the placement will have it."""
 
 IN_A_STEP = ["handshake", "dispatch", "all_to_all", "experts", "combine"]
-IN_RECOVERY = ["view", "groups", "gather", "transfer", "vote", "commit"]
+IN_RECOVERY = ["view", "groups", "gather", "fill", "vote", "commit"]
 REJOIN = ["load", "view", "groups", "gather", "vote"]
 
 CASES = {
@@ -101,7 +101,15 @@ def test_wrong_weights_of_peers_are_refused_and_read_from_disk(tmp_path: Path, c
     lies = [Death(rank, "gives wrong weights") for rank in range(3)]
     logits, ends = run_cluster(tmp_path, checkpoint, [FIRST, *lies], redundant_slots=1)
     check(logits, ends, reference)
-    assert "weights: 0.0 MB from peers" in (tmp_path / "log-3").read_text()
+    assert set(ends[3]["loaded"]) == {"disk"}
+    assert "dense weights: 0.0 MB from members" in (tmp_path / "log-3").read_text()
+
+
+def test_a_newcomer_takes_its_experts_from_members(tmp_path: Path, checkpoint: Path, reference):
+    logits, ends = run_cluster(tmp_path, checkpoint, [FIRST], redundant_slots=4)
+    check(logits, ends, reference)
+    assert [set(end["loaded"]) for end in ends] == [{"disk"}, {"disk"}, {"disk"}, {"node"}]
+    assert ends[3]["loaded"]["node"] == ends[0]["loaded"]["disk"] > 0
 
 
 def test_a_newcomer_with_wrong_weights_does_not_use_them(tmp_path: Path, checkpoint: Path, reference):
@@ -130,7 +138,7 @@ def test_what_one_disk_has_wrong_is_read_from_another(
     check(logits, ends, reference)
     for rank in range(3):
         said = (tmp_path / f"log-{rank}").read_text()
-        assert ("another digest than at start; asking the other ranks" in said) == (rank in bad)
+        assert ("disk: the bytes have another digest than the group's" in said) == (rank in bad)
         assert "attempts=1" in said
 
 

@@ -19,6 +19,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from elastic_moe.config import EplbConfig, ExchangeConfig
 from elastic_moe.integrations.transformers import elasticize, meta_model
+from elastic_moe.layer import ElasticMoELayer
 from elastic_moe.runtime import ElasticRuntime
 
 TOKENS, HIDDEN, EXPERTS, TOP_K = 16, 128, 8, 2
@@ -64,8 +65,9 @@ def wanted(checkpoint: Path, ranks: Sequence[int], steps: Sequence[int]) -> dict
 class Graph:
     """Both MoE layers of one rank, captured at the first call."""
 
-    def __init__(self, runtime: ElasticRuntime) -> None:
+    def __init__(self, runtime: ElasticRuntime, layers: Sequence[ElasticMoELayer]) -> None:
         self._runtime = runtime
+        self._moe_layers = layers
         self._inputs = [x.to(runtime.device) for x in inputs_of(runtime.rank, 0)]
         self.graph: torch.cuda.CUDAGraph | None = None
         self.replays = 0
@@ -87,8 +89,8 @@ class Graph:
 
     def _layers(self) -> torch.Tensor:
         hidden, experts, weights = self._inputs
-        for layer in self._runtime.layers:
-            hidden = layer(hidden, experts, weights)  # pyright: ignore[reportCallIssue]
+        for layer in self._moe_layers:
+            hidden = layer(hidden, experts, weights)
         return hidden
 
 
@@ -109,15 +111,17 @@ def work(
         exchange=ExchangeConfig(kind="symmetric", max_tokens=TOKENS),
     )
     tell_views(runtime, folder, lambda: None)
-    elasticize(meta_model(checkpoint, torch.float32), runtime, checkpoint=checkpoint, redundant_slots=redundant_slots)
-    graph, graphs, moved, addresses = Graph(runtime), set(), 0, set()
+    model = meta_model(checkpoint, torch.float32)
+    elasticize(model, runtime, checkpoint=checkpoint, redundant_slots=redundant_slots)
+    layers = [module for module in model.modules() if isinstance(module, ElasticMoELayer)]
+    graph, graphs, moved, addresses = Graph(runtime, layers), set(), 0, set()
 
     def forward(step: int) -> torch.Tensor:
         out = graph(step)
         if step in dies_at:
             die()
         graphs.add(id(graph.graph))
-        addresses.add(tuple(t.data_ptr() for t in runtime.store.tensors(0, 0)))
+        addresses.add(tuple(t.data_ptr() for t in runtime.pool.store.tensors(0, 0)))
         return out
 
     with torch.inference_mode():

@@ -79,5 +79,5 @@ def test_no_disk_is_right(reference: Reference, tmp_path: Path):
     with Server(torchrun(2), f"model.path={folder}", "log_level=warning") as server:
         assert server.url
         flip_experts(folder)
-        lose_rank_and_wait(server, 1, "another digest than at start", reference, lambda: flip_experts(folder))
+        lose_rank_and_wait(server, 1, "another digest than the group's", reference, lambda: flip_experts(folder))
         server.stop()

@@ -45,6 +45,7 @@ from elastic_moe.supervision.ports import lasting_port
 from elastic_moe.weights import peers
 from elastic_moe.weights.checkpoint import CheckpointReader
 from elastic_moe.weights.digest import digest
+from elastic_moe.weights.disk import Disk
 from elastic_moe.weights.store import ExpertStore
 from support.harness import PRELOAD
 
@@ -77,8 +78,7 @@ POINTS: Mapping[str, tuple[Any, str]] = {
     "view": (Membership, "next_view"),
     "groups": (EpochGroups, "build"),
     "gather": (Recovery, "_gather"),
-    "transfer": (recovery, "move_experts"),
-    "accept": (Recovery, "_accept"),
+    "fill": (recovery, "fill"),
     "commit": (PlacementRegistry, "commit"),
     "load": (integration, "_load"),
     "plan": (Round, "_agree"),
@@ -86,7 +86,8 @@ POINTS: Mapping[str, tuple[Any, str]] = {
     "barrier": (StepBarrier, "begin"),
     "swap": (Round, "_publish"),
 }
-"""Where a rank can die: at the call of these; besides `between` (after a forward) and `vote`."""
+"""Where a rank can die: at the call of these; besides `between` (after a forward), `vote`, and `accept` (of an expert,
+once the process has loaded its own)."""
 
 OF_THE_WORK = ("between", "in a replay")
 """Points at which the work itself dies: after a forward; on a GPU, while its kernels run (`gpu/graph_ranks.py`)."""
@@ -117,19 +118,7 @@ def set_trap(death: Death) -> None:
         if calls == death.nth:
             die()
 
-    if death.point == "vote":
-        phase = Recovery._phase
-
-        def wrapped_phase(self: Recovery, which: Phase) -> Any:
-            if which is Phase.COMMIT:
-                trap()
-            return phase(self, which)
-
-        Recovery._phase = wrapped_phase  # pyright: ignore[reportAttributeAccessIssue]
-    elif death.point == BUG:
-        peers._copy_of = lambda *_: 1 // 0  # pyright: ignore[reportAttributeAccessIssue]
-    elif death.point not in OF_THE_WORK:
-        owner, name = POINTS[death.point]
+    def wrap(owner: Any, name: str) -> None:
         original = getattr(owner, name)
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -137,6 +126,33 @@ def set_trap(death: Death) -> None:
             return original(*args, **kwargs)
 
         setattr(owner, name, wrapped)
+
+    if death.point == "vote":
+        enter = Recovery._enter
+
+        def wrapped_enter(self: Recovery, phase: Phase | None) -> None:
+            if phase is Phase.COMMIT:
+                trap()
+            enter(self, phase)
+
+        Recovery._enter = wrapped_enter
+    elif death.point == BUG:
+        peers._copy_of = lambda *_: 1 // 0  # pyright: ignore[reportAttributeAccessIssue]
+    elif death.point == "accept":
+        once_loaded(lambda disk: wrap(ExpertStore, "accept"))
+    elif death.point not in OF_THE_WORK:
+        wrap(*POINTS[death.point])
+
+
+def once_loaded(act: Callable[[Disk], None]) -> None:
+    """Have `act` called with the disk of this process when it has loaded its experts."""
+    hold = ElasticRuntime.hold
+
+    def hold_and_act(self: ElasticRuntime, store: ExpertStore, disk: Disk, dense: Any) -> None:
+        hold(self, store, disk, dense)
+        act(disk)
+
+    ElasticRuntime.hold = hold_and_act  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def lie(how: str) -> None:
@@ -150,13 +166,18 @@ def lie(how: str) -> None:
         right = peers._bytes_of
         peers._bytes_of = lambda tensor: right(flip(tensor.clone()))
     elif how == "has a bad disk":
-        read_into = ExpertStore._read_into
 
-        def read_into_wrong(self: ExpertStore, layer: int, expert: int, out: Sequence[torch.Tensor]) -> None:
-            read_into(self, layer, expert, out)
-            flip(out[0])
+        def go_bad(disk: Disk) -> None:
+            read = disk.read
 
-        ExpertStore._read_into = read_into_wrong
+            def read_wrong(layer: int, expert: int, out: Sequence[torch.Tensor]) -> int:
+                num_bytes = read(layer, expert, out)
+                flip(out[0])
+                return num_bytes
+
+            disk.read = read_wrong
+
+        once_loaded(go_bad)
     else:
         read = CheckpointReader.read_expert
 
@@ -311,8 +332,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 def rebalance(runtime: ElasticRuntime, forward: Callable[[], Any]) -> bool:
     """Have the balancer end a round, at steps that do `forward`; whether it has moved anything. A loss may cost it: its
     request is answered in the next epoch, after some seconds, for which nobody waits."""
-    runtime.rebalancer.request()
-    reports = runtime.rebalancer.reports
+    runtime.pool.balancer.request()
+    reports = runtime.pool.balancer.reports
     for _ in range(STEPS_OF_A_ROUND):
         runtime.run(forward)
         if not reports.empty():
@@ -355,10 +376,10 @@ def tell_views(runtime: ElasticRuntime, folder: Path, seen: Callable[[], object]
 def end_life(runtime: ElasticRuntime, folder: Path, **more: Any) -> None:
     """Wait for the others, write the last word, and be gone."""
     runtime.finish()
-    store = runtime.store
+    store = runtime.pool.store
     end = {
-        "placement": (runtime.registry.placement.version, runtime.registry.placement.hash),
-        "slots": runtime.registry.placement.slots,
+        "placement": (runtime.pool.placement.version, runtime.pool.placement.hash),
+        "slots": runtime.pool.placement.slots,
         "held": store.held,
         "digests": store.digests,
         "wrong": [
@@ -366,7 +387,8 @@ def end_life(runtime: ElasticRuntime, folder: Path, **more: Any) -> None:
             for layer, slot in np.argwhere(store.held != EMPTY)
             if digest(store.tensors(layer, slot)) != store.digests[layer, store.held[layer, slot]]
         ],
-        "epoch": runtime.epoch,
+        "epoch": runtime.view.epoch,
+        "loaded": dict(runtime.pool.loaded.num_bytes),
     }
     torch.save(end | more, folder / f"end-{runtime.rank}")
     os._exit(0)

@@ -24,7 +24,7 @@ from elastic_moe.serving.engine.mailbox import Mailbox
 from elastic_moe.serving.protocol import Hello, encode
 from elastic_moe.supervision.channel import Beat, channel_pair
 from elastic_moe.supervision.supervisor import Event, Supervisor
-from elastic_moe.weights.peers import Want, WeightServer
+from elastic_moe.weights.peers import WeightRequest, WeightServer
 
 WAIT_S = 10.0
 ME = Member(0, 0, "me", 1, "127.0.0.1", "tcp://127.0.0.1:1", "127.0.0.1:1")
@@ -91,7 +91,7 @@ def test_weights(errors):
     with zmq.Context() as context, context.socket(zmq.DEALER) as asker:
         asker.setsockopt(zmq.LINGER, 0)
         asker.connect(server.address)
-        asker.send(msgspec.msgpack.encode(Want(layer=0, expert=1)))
+        asker.send(msgspec.msgpack.encode(WeightRequest(layer=0, expert=1)))
         assert isinstance(errors.get(timeout=WAIT_S), TypeError)
 
 

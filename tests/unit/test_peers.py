@@ -7,11 +7,11 @@ import pytest
 import torch
 import zmq
 
-from elastic_moe.errors import DigestMismatch, TransferFailed
 from elastic_moe.group.view import Member
 from elastic_moe.placement.placement import EMPTY
 from elastic_moe.weights import peers as module
 from elastic_moe.weights.peers import Peers, WeightServer
+from elastic_moe.weights.sources import Account, Missed, Until, Want, fill
 from elastic_moe.weights.store import UNKNOWN, ExpertStore
 
 
@@ -21,6 +21,8 @@ class Layer:
     class layout:
         num_experts = 4
         num_bytes = 40
+
+    num_slots = 3
 
     def __init__(self) -> None:
         self.weights = torch.arange(3 * 6, dtype=torch.float32).view(3, 6)
@@ -32,7 +34,7 @@ class Layer:
 
 def make_store() -> ExpertStore:
     """Layer 1 holds experts 2 and 0, and an empty slot."""
-    store = ExpertStore([Layer(), Layer()], np.array([[1, 3, EMPTY], [2, 0, EMPTY]]), lambda *_: 0)
+    store = ExpertStore([Layer(), Layer()], np.array([[1, 3, EMPTY], [2, 0, EMPTY]]))
     store.record_digests()
     return store
 
@@ -60,7 +62,7 @@ def server(store: ExpertStore) -> Iterator[WeightServer]:
 @pytest.fixture
 def peers(server: WeightServer) -> Iterator[Peers]:
     """One of two members is dead."""
-    peers = Peers([member(0, "tcp://127.0.0.1:9"), member(1, server.address)])
+    peers = Peers([member(0, "tcp://127.0.0.1:9"), member(1, server.address)], node=0)
     yield peers
     peers.close()
 
@@ -71,7 +73,7 @@ def test_dense_tensors_arrive_from_whoever_lives(peers):
         assert peers.dense(name, out)
         assert torch.equal(out, tensor)
     assert not peers.dense("no such tensor", torch.empty(1))
-    assert peers.bytes == sum(t.numel() * t.element_size() for t in DENSE.values())
+    assert peers.dense_bytes == sum(t.numel() * t.element_size() for t in DENSE.values())
 
 
 def test_what_does_not_fit_is_refused(peers):
@@ -80,20 +82,23 @@ def test_what_does_not_fit_is_refused(peers):
 
 
 def test_experts_arrive_from_the_slot_that_holds_them(store, peers):
-    out = [torch.empty(6), torch.empty(2, 4).bfloat16()]
-    assert peers.expert(1, 0, out)
-    assert all(torch.equal(a, b) for a, b in zip(out, store.tensors(1, 1), strict=True))
-    for layer, expert in ((1, 3), (0, 0), (7, 0), (-1, 0)):
-        assert not peers.expert(layer, expert, out)
+    mine, account = ExpertStore([Layer(), Layer()]), Account()
+    fill([Want(1, 0, 2)], mine, [peers], account)
+    assert all(torch.equal(a, b) for a, b in zip(mine.tensors(1, 2), store.tensors(1, 1), strict=True))
+    assert (mine.held[1, 2], account.num_bytes) == (0, {"node": 40})
     store.vacate(1, 1)
-    assert not peers.expert(1, 0, out)
+    for layer, expert in ((1, 3), (0, 0), (7, 0), (1, 0)):
+        want = Want(layer, expert, 0) if layer < 2 else None
+        told = list(peers.fetch([want], mine, Until())) if want else []
+        assert all(isinstance(one, Missed) for one in told)
+        assert module._copy_of(store, layer, expert) == []
 
 
 def test_wrong_bytes_are_refused(peers, monkeypatch):
     right = module._bytes_of
     monkeypatch.setattr(module, "_bytes_of", lambda t: bytes([right(t)[0] ^ 1]) + right(t)[1:])
     assert not peers.dense("embed.weight", torch.empty(5, 3))
-    assert peers.bytes == 0
+    assert peers.dense_bytes == 0
 
 
 def test_garbage_does_not_end_the_server(server, peers):
@@ -106,34 +111,8 @@ def test_garbage_does_not_end_the_server(server, peers):
 
 def test_nobody_answers(monkeypatch):
     monkeypatch.setattr(module, "TIMEOUT_MS", 300)
-    peers = Peers([member(0, "tcp://127.0.0.1:9")])
+    peers = Peers([member(0, "tcp://127.0.0.1:9")], node=0)
     assert not peers.dense("norm", torch.empty(4).bfloat16())
-
-
-def test_what_the_disk_gives_is_verified_in_a_slot_and_aside():
-    def read(_layer: int, _expert: int, out: list[torch.Tensor]) -> int:
-        if fault:
-            raise fault
-        for tensor in out:
-            tensor.fill_(value)
-        return 40
-
-    fault, value = None, 7.0
-    store = ExpertStore([Layer(), Layer()], np.array([[1, 3, EMPTY], [2, 0, EMPTY]]), read)
-    store.record_digests()
-    store.read_from_disk(0, 2, 0)  # nobody knows its digest yet
-    store.vacate(0, 2)
-    assert all((tensor == 7).all() for tensor in store.read_aside(0, 0) or [])
-    value = 8.0
-    assert store.read_aside(0, 0) is None
-    with pytest.raises(DigestMismatch, match="layer 0 expert 0: no live copy, and the checkpoint's bytes have another"):
-        store.read_from_disk(0, 2, 0)
-    fault = OSError("no such disk")
-    assert store.read_aside(0, 0) is None
-    with pytest.raises(TransferFailed, match="the checkpoint failed: no such disk") as raised:
-        store.read_from_disk(0, 2, 0)
-    assert not isinstance(raised.value, DigestMismatch)
-    assert store.held[0].tolist() == [1, 3, EMPTY]
 
 
 def test_the_digests_of_the_group_count_not_ones_own():

@@ -3,8 +3,6 @@
 An expert's weights are a formula of layer and expert, so that a misplaced or wrong byte shows.
 """
 
-import queue
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.wires import WireGroup, Wires
 
 from elastic_moe.config import EplbConfig
 from elastic_moe.control.rebalance import Round, load_balancer
@@ -21,6 +20,7 @@ from elastic_moe.placement.registry import PlacementRegistry
 from elastic_moe.placement.topology import Topology
 from elastic_moe.transport.staging import GroupStaging
 from elastic_moe.weights.digest import digest
+from elastic_moe.weights.disk import Disk
 from elastic_moe.weights.store import ExpertStore
 
 WAIT_S = 10.0
@@ -32,61 +32,6 @@ LOADS = np.array([[10.0, 10.0, 1.0, 1.0], [30.0, 30.0, 1.0, 1.0]])
 
 def weights(layer: int, expert: int) -> torch.Tensor:
     return torch.arange(6.0) + 100 * layer + 10 * expert
-
-
-class Wires:
-    """What the ranks of one fake group share."""
-
-    def __init__(self) -> None:
-        self.barrier = threading.Barrier(RANKS, timeout=WAIT_S)
-        self.said: list[Any] = [None] * RANKS
-        self.parcels: dict[tuple[int, int, int], queue.SimpleQueue[torch.Tensor]] = {}
-        self.lock = threading.Lock()
-        self.spoilt: set[int] = set()
-        """Numbers of the parcels of which a bit is flipped on their way, counted over the whole group."""
-        self.sent = 0
-
-    def lane(self, source: int, target: int, tag: int) -> "queue.SimpleQueue[torch.Tensor]":
-        with self.lock:
-            return self.parcels.setdefault((source, target, tag), queue.SimpleQueue())
-
-    def spoil(self, tensor: torch.Tensor) -> torch.Tensor:
-        with self.lock:
-            if self.sent in self.spoilt:
-                tensor.view(torch.uint8)[3] ^= 8
-            self.sent += 1
-        return tensor
-
-
-class Group:
-    """The calls of `membership.groups.Group` that a round makes."""
-
-    size = RANKS
-    on_cpu = True
-
-    def __init__(self, wires: Wires, rank: int) -> None:
-        self.wires, self.rank = wires, rank
-
-    def _gather(self, mine: Any) -> list[Any]:
-        wires = self.wires
-        wires.said[self.rank] = mine
-        wires.barrier.wait()
-        said = list(wires.said)
-        wires.barrier.wait()
-        return said
-
-    def all_reduce_max(self, values: list[int]) -> list[int]:
-        return np.max(self._gather(values), axis=0).tolist()
-
-    def broadcast(self, message: bytes | None) -> bytes:
-        (only,) = [said for said in self._gather(message) if said is not None]
-        return only
-
-    def exchange(self, sends: Any, receives: Any) -> None:
-        for tensor, peer, tag in sends:
-            self.wires.lane(self.rank, peer, tag).put(self.wires.spoil(tensor.clone()))
-        for tensor, peer, tag in receives:
-            tensor.copy_(self.wires.lane(peer, self.rank, tag).get(timeout=WAIT_S))
 
 
 class Layer:
@@ -112,14 +57,14 @@ class Rank:
         self.registry = PlacementRegistry(placement, rank, Topology.uniform(RANKS), torch.device("cpu"))
         held = placement.of_rank(rank)
         layers: Any = [Layer(layer, held[layer].tolist()) for layer in range(LAYERS)]
-        self.store = ExpertStore(layers, held, self.read)
+        self.store = ExpertStore(layers, held)
         self.store.digests = np.array(
             [[digest([weights(layer, expert)]) for expert in range(EXPERTS)] for layer in range(LAYERS)]
         )
-        group: Any = Group(wires, rank)
+        group: Any = WireGroup(wires, rank)
         config = EplbConfig(mode="async", layers_per_chunk=layers_per_chunk)
         self.round = Round(
-            VIEW, rank, group, self.registry, self.store, config, GroupStaging(),
+            VIEW, rank, group, self.registry, self.store, Disk(self.read), config, GroupStaging(),
             swap=lambda act: act(), pause=lambda: None, committed=self.committed.append,
         )  # fmt: skip
 
@@ -145,7 +90,7 @@ def compiled():
 
 def run_round(*, spoilt=(), disk_is_right=True, layers_per_chunk=LAYERS, loads=LOADS):
     """Both ranks, and their reports."""
-    wires = Wires()
+    wires = Wires(RANKS)
     wires.spoilt = set(spoilt)
     ranks = [Rank(rank, wires, disk_is_right=disk_is_right, layers_per_chunk=layers_per_chunk) for rank in range(RANKS)]
     with ThreadPoolExecutor(RANKS) as pool:
@@ -182,6 +127,7 @@ def test_chunks_are_committed_one_after_the_other():
 def test_what_came_with_a_wrong_digest_is_read_from_disk():
     ranks, reports = run_round(spoilt=[1])
     assert [report.outcome for report in reports] == ["moved", "moved"]
+    assert [report.bytes_by_source for report in reports] == [{"node": 3 * 24, "disk": 24}] * 2
     assert sum(len(rank.disk_reads) for rank in ranks) == 1
 
 
@@ -190,8 +136,8 @@ def test_when_the_disk_is_wrong_too_both_ranks_keep_what_they_had():
     assert sum(len(rank.disk_reads) for rank in ranks) == 1
     assert [report.outcome for report in reports] == ["failed", "failed"]
     (reader,) = [rank.rank for rank in ranks if rank.disk_reads]
-    assert "the checkpoint's bytes have another digest than at start" in reports[reader].reason
-    assert reports[1 - reader].reason == "another rank could not get an expert"
+    assert "disk: the bytes have another digest than the group's" in reports[reader].reason
+    assert reports[1 - reader].reason == "another rank can have an expert from no source"
     for rank, report in zip(ranks, reports, strict=True):
         assert (rank.registry.placement.version, report.version) == (1, 1)
         assert rank.store.held.tolist() == [[2 * rank.rank, 2 * rank.rank + 1]] * LAYERS

@@ -60,14 +60,14 @@ class Engine:
         device = pick_device(config.model, launch.local_rank, launch.local_world_size, may_share=symmetric)
         model = meta_model(config.model.path, pick_dtype(config.model.dtype))
         check_fit(model, launch, config)
-        self._mailbox = Mailbox(host_of(launch), self.status, lambda: self.runtime.rebalancer.local_loads())
+        self._mailbox = Mailbox(host_of(launch), self.status, lambda: self.runtime.pool.balancer.local_loads())
         self.runtime = self._join(device)
         self.runtime.on_change = lambda: self._mailbox.inbox.put(None)
-        self.runtime.signals.on(Wake, self._be_woken)
+        self.runtime.seat.signals.on(Wake, self._be_woken)
         self._mailbox.start(self.runtime.fail)
         self._model = self._load(model)
         captures = symmetric and config.serving.cuda_graphs
-        captures = captures and all(experts.is_capturable for experts in self.runtime.store.layers)
+        captures = captures and all(experts.is_capturable for experts in self.runtime.pool.store.layers)
         self._batcher = Batcher(
             self._model,
             config.serving,
@@ -75,12 +75,12 @@ class Engine:
             self._deliver,
             cuda_graphs=captures,
         )
-        self.runtime.idle.captures = captures
-        if self.runtime.exchanges.can_rehearse:
+        self.runtime.pool.idle.captures = captures
+        if self.runtime.pool.can_rehearse:
             begin = time.monotonic()
-            self.runtime.rehearse(self._warm_up)
+            self.runtime.pool.rehearse(self._warm_up)
             log.info("warmed up in %.1f s, %d CUDA graphs", time.monotonic() - begin, self._batcher.num_captures)
-        self._num_slots = self.runtime.registry.placement.slots_per_rank
+        self._num_slots = self.runtime.pool.placement.slots_per_rank
         self.runtime.on_placement_changed.append(self._follow_placement)
         start_thread("beat", self._beat, on_error=self.runtime.fail)
 
@@ -124,7 +124,7 @@ class Engine:
 
     def _warm_up(self) -> None:
         self._batcher.warm_up()
-        self.runtime.idle(self.runtime.layers, self.runtime.registry.placement.slots_per_rank)
+        self.runtime.pool.join_idle()
 
     def run(self) -> None:
         """Serve until the process ends. All ranks go through the same handshakes and the same MoE layers.
@@ -150,7 +150,7 @@ class Engine:
         if self._asleep and self._woken_for < next_handshake:
             view = self.runtime.view
             others = [m for m in view.members if m.rank != self.runtime.rank]
-            self.runtime.signals.tell(others, Wake(view.epoch, next_handshake))
+            self.runtime.seat.signals.tell(others, Wake(view.epoch, next_handshake))
         (work,) = self.runtime.agree(int(self._pending))
         self._asleep = not work
         if work and self._pending:
@@ -210,11 +210,11 @@ class Engine:
 
     def _must_wake(self) -> bool:
         runtime = self.runtime
-        wanted = runtime.change_is_wanted or runtime.rebalancer.wants_steps
+        wanted = runtime.change_is_wanted or runtime.pool.balancer.wants_steps
         return wanted or self._woken_for > runtime.handshakes or self._batcher.has_requests
 
     def _tell_of_rebalances(self) -> None:
-        reports = self.runtime.rebalancer.reports
+        reports = self.runtime.pool.balancer.reports
         while not reports.empty():
             self._mailbox.send(Event(self.runtime.rank, reports.get()))
 
@@ -225,11 +225,11 @@ class Engine:
             self._batcher.cancel(message.request_id)
         elif isinstance(message, Rebalance):
             with contextlib.suppress(ValueError):  # it is off; front ends know that too
-                self.runtime.rebalancer.request(message.op)
+                self.runtime.pool.balancer.request(message.op)
 
     def _be_woken(self, word: Wake) -> None:
         """In the signals' thread."""
-        if word.epoch == self.runtime.epoch:
+        if word.epoch == self.runtime.view.epoch:
             self._woken_for = max(self._woken_for, word.step)
             self._mailbox.inbox.put(None)
 
@@ -237,7 +237,7 @@ class Engine:
         """Tell the supervisor twice a second that this process lives, and whether it gets on."""
         while True:
             groups_wait = self._phase != "serving" or self.runtime.groups.waiting
-            progress = self.runtime.handshakes + self.runtime.steps + self.runtime.rebalancer.progress
+            progress = self.runtime.handshakes + self.runtime.steps + self.runtime.pool.balancer.progress
             if not self._channel.send(Beat(progress, working=not (self._asleep or groups_wait))):
                 return
             time.sleep(BEAT_S)
@@ -258,7 +258,7 @@ class Engine:
         if batcher is None:
             return None
         runtime = self.runtime
-        placement = runtime.registry.placement
+        placement = runtime.pool.placement
         cuda = runtime.device.type == "cuda"
         return Status(
             rank=runtime.rank,

@@ -1,0 +1,109 @@
+"""The checkpoint as a source: as this rank reads it, and as the other ranks do."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from elastic_moe.errors import CheckpointError
+from elastic_moe.group.groups import EpochGroups
+from elastic_moe.weights.sources import Asked, Came, Landing, Missed, Origin, Source, Until, Want
+from elastic_moe.weights.store import ExpertStore
+
+ReadExpert = Callable[[int, int, Sequence[torch.Tensor]], int]
+"""`read(layer, expert, out)` fills the tensors of an expert and returns the bytes read."""
+
+IN_FLIGHT = 64
+"""Experts on their way between ranks at once; bounds what is read beside the slots."""
+NOBODY = -1
+
+
+class Disk(Source):
+    """This rank's way to the checkpoint."""
+
+    nearest = Origin.DISK
+
+    def __init__(self, read: ReadExpert) -> None:
+        """`read` raises CheckpointError or OSError when it cannot."""
+        self.read = read
+
+    def fetch(self, wants: Sequence[Want], landing: Landing, until: Until) -> Iterator[Came | Missed]:
+        """See `Source.fetch`."""
+        for want in wants:
+            try:
+                self.read(want.layer, want.expert, landing.open(want))
+            except (CheckpointError, OSError) as error:
+                yield Missed(want, str(error))
+            else:
+                yield Came(want, Origin.DISK)
+
+
+class OtherDisks(Source):
+    """What this rank's disk has wrong, another's may have right: each other member reads in turn for those who lack."""
+
+    nearest = Origin.OTHER_DISK
+    asked = Asked.IF_ANY_LACKS
+
+    def __init__(self, disk: Disk, store: ExpertStore, groups: EpochGroups) -> None:
+        """`disk` and `store` are this rank's; the digests of `store` are those of the group of `groups`."""
+        self._disk = disk
+        self._store = store
+        self._groups = groups
+
+    def fetch(self, wants: Sequence[Want], landing: Landing, until: Until) -> Iterator[Came | Missed]:
+        """See `Source.fetch`. Turn by turn; all ranks tell what they lack, as int64 [L, E] of the positions of who."""
+        group = self._groups.control
+        for turn in range(1, group.size):
+            mine = {(want.layer, want.expert): want for want in wants if not landing.has(want)}
+            wanted = np.full(self._store.digests.shape, NOBODY, dtype=np.int64)
+            for place in mine:
+                wanted[place] = group.rank
+            wanted = group.all_reduce_max_array(wanted)
+            places = [(layer, expert) for layer, expert in np.argwhere(wanted != NOBODY).tolist()]
+            for begin in range(0, len(places), IN_FLIGHT):
+                targets = {place: int(wanted[place]) for place in places[begin : begin + IN_FLIGHT]}
+                for place in self._pass_on(targets, turn, mine, landing):
+                    yield Came(mine[place], Origin.OTHER_DISK)
+        for want in wants:
+            if not landing.has(want):
+                yield Missed(want, f"none of {group.size - 1} other ranks reads it right")
+
+    def _pass_on(
+        self, targets: Mapping[tuple[int, int], int], turn: int, mine: Mapping[tuple[int, int], Want], landing: Landing
+    ) -> list[tuple[int, int]]:
+        """The member `turn` places behind each target reads, and sends what is right.
+
+        Args:
+            targets: position in the group of who is served, of those that want each (layer, expert).
+            turn: 1 to the size of the group less 1.
+            mine: what this rank lacks.
+            landing: where to.
+
+        Returns:
+            What has come here.
+        """
+        group = self._groups.control
+        read = {
+            place: tensors
+            for place, target in targets.items()
+            if (target + turn) % group.size == group.rank and (tensors := self._read_aside(*place)) is not None
+        }
+        found = group.all_reduce_max([int(place in read) for place in targets])
+        sends, receives, arriving = [], [], []
+        for tag, ((place, target), there) in enumerate(zip(targets.items(), found, strict=True)):
+            if place in read:
+                sends += [(tensor, target, tag) for tensor in read[place]]
+            elif there and target == group.rank:
+                arriving.append(place)
+                receives += [(tensor, (group.rank + turn) % group.size, tag) for tensor in landing.open(mine[place])]
+        self._groups.data.exchange(sends, receives)
+        return arriving
+
+    def _read_aside(self, layer: int, expert: int) -> Sequence[torch.Tensor] | None:
+        """An expert in tensors of its own; None unless it is right."""
+        tensors = [torch.empty_like(tensor) for tensor in self._store.tensors(layer, 0)]
+        try:
+            self._disk.read(layer, expert, tensors)
+        except (CheckpointError, OSError):
+            return None
+        return tensors if self._store.is_right(layer, expert, tensors) else None

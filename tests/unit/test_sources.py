@@ -1,0 +1,362 @@
+"""What every source of weights has to do, as one table: each case runs for each source. And the chain over them.
+
+The oracle: an expert's tensors are a formula of (layer, expert), so a byte in the wrong place shows.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from support.wires import WireGroup, Wires
+
+from elastic_moe.control.vote import Vote
+from elastic_moe.errors import CheckpointError, DigestMismatch, PeerLost, TransferFailed
+from elastic_moe.group.view import Member, View
+from elastic_moe.placement.placement import EMPTY, Placement
+from elastic_moe.placement.topology import Topology
+from elastic_moe.placement.transfers import plan_transfers
+from elastic_moe.transport.staging import GroupStaging, Transfer
+from elastic_moe.weights import peers as peers_module
+from elastic_moe.weights.digest import digest
+from elastic_moe.weights.disk import Disk, OtherDisks
+from elastic_moe.weights.memory import InMemory
+from elastic_moe.weights.peers import Peers, WeightServer
+from elastic_moe.weights.sources import Account, Came, Missed, Origin, Source, Until, Want, fill
+from elastic_moe.weights.staged import Replicas, Staged
+from elastic_moe.weights.store import ExpertStore
+
+LAYERS, EXPERTS, SLOTS = 2, 4, 2
+NUM_BYTES = 6 * 4 + 3 * 2
+WANTS = [Want(0, 2, 0), Want(0, 3, 1), Want(1, 2, 0), Want(1, 3, 1)]
+"""All of rank 1 of 2, placed in order."""
+
+
+def tensors_of(layer: int, expert: int) -> list[torch.Tensor]:
+    number = 10.0 * layer + expert
+    return [torch.arange(6.0) + number, torch.arange(3).bfloat16() - number]
+
+
+class Layer:
+    """What a store needs of SlotExperts."""
+
+    layout = SimpleNamespace(num_experts=EXPERTS, num_bytes=NUM_BYTES)
+    num_slots = SLOTS
+
+    def __init__(self) -> None:
+        self.first = torch.full((SLOTS, 6), -1.0)
+        self.second = torch.full((SLOTS, 3), -1.0).bfloat16()
+
+    def slot_tensors(self, slot: int) -> list[torch.Tensor]:
+        return [self.first[slot], self.second[slot]]
+
+
+def make_store(held: Sequence[int] = (), *, knows_digests: bool = True) -> ExpertStore:
+    """With the experts `held` in its slots, in every layer."""
+    layers: Any = [Layer() for _ in range(LAYERS)]
+    store = ExpertStore(layers, np.tile(np.array(held or [EMPTY] * SLOTS), (LAYERS, 1)))
+    for layer, slot in np.argwhere(store.held != EMPTY).tolist():
+        for target, source in zip(store.tensors(layer, slot), tensors_of(layer, int(held[slot])), strict=True):
+            target.copy_(source)
+    if knows_digests:
+        store.digests = np.array([[digest(tensors_of(layer, e)) for e in range(EXPERTS)] for layer in range(LAYERS)])
+    return store
+
+
+def write(layer: int, expert: int, out: Sequence[torch.Tensor]) -> int:
+    for target, source in zip(out, tensors_of(layer, expert), strict=True):
+        target.copy_(source)
+    return NUM_BYTES
+
+
+class Fallback(Source):
+    """The end of every chain here: it has everything right, and remembers what it was asked for."""
+
+    nearest = Origin.OTHER_DISK
+
+    def __init__(self) -> None:
+        self.asked_for: list[Want] = []
+
+    def fetch(self, wants, landing, until):
+        for want in wants:
+            self.asked_for.append(want)
+            write(want.layer, want.expert, landing.open(want))
+            yield Came(want, Origin.OTHER_DISK)
+
+
+class Faulty:
+    """`read` of a disk with a fault at the second expert."""
+
+    def __init__(self, fault: str) -> None:
+        self.fault = fault
+        self.reads = 0
+
+    def __call__(self, layer: int, expert: int, out: Sequence[torch.Tensor]) -> int:
+        self.reads += 1
+        second = (layer, expert) == WANTS[1][:2]
+        if self.fault == "some" and second:
+            raise CheckpointError("there is no such expert")
+        if self.fault == "dies" and self.reads > 1:
+            raise OSError("the disk is broken")
+        if self.fault == "wrong size" and second:
+            raise CheckpointError("it has another shape")
+        if self.fault == "late":
+            time.sleep(0.05)
+        write(layer, expert, out)
+        if self.fault == "corrupt" and second:
+            out[0][2] += 1
+        return NUM_BYTES
+
+
+class Ran(NamedTuple):
+    """What a `fill` from [the source, the fallback] has led to."""
+
+    store: ExpertStore
+    account: Account
+    fallback: Fallback
+    seconds: float
+
+
+def run(sources: Sequence[Source], landing: Any, store: ExpertStore, until: Until | None, **more: Any) -> Ran:
+    account, fallback, begin = Account(), Fallback(), time.monotonic()
+    fill(WANTS, landing, [*sources, fallback], account, until=until, **more)
+    if isinstance(landing, Staged):
+        landing.install()
+    return Ran(store, account, fallback, time.monotonic() - begin)
+
+
+def from_memory(fault: str, until: Until | None) -> Ran:
+    by_layer = [[tensors_of(layer, expert) for expert in range(EXPERTS)] for layer in range(LAYERS)]
+    whole = [[torch.stack(parts) for parts in zip(*experts, strict=True)] for experts in by_layer]
+    if fault == "corrupt":
+        whole[0][0][3, 2] += 1
+    return run([InMemory(whole)], store := make_store(), store, until)
+
+
+def from_disk(fault: str, until: Until | None) -> Ran:
+    return run([Disk(Faulty(fault))], store := make_store(), store, until)
+
+
+def from_peers(fault: str, until: Until | None) -> Ran:
+    """Of one member, and of an address where nobody answers."""
+    server, held = WeightServer("127.0.0.1"), make_store([2, 3])
+    asked = 0
+
+    def copy_of(store: ExpertStore, layer: int, expert: int) -> list[torch.Tensor]:
+        nonlocal asked
+        asked += 1
+        second = (layer, expert) == WANTS[1][:2]
+        if (fault == "some" and second) or expert == EMPTY:
+            return []
+        if fault == "dies" and asked > 2:  # the first is the greeting
+            server.close()
+            time.sleep(0.5)
+        tensors = right(store, layer, expert)
+        return [tensors[0][:4].clone(), tensors[1]] if fault == "wrong size" and second else tensors
+
+    def bytes_of(tensor: torch.Tensor) -> bytes:
+        return bytes_right(tensor + 1 if fault == "corrupt" and tensor[0] == tensors_of(0, 3)[0][0] else tensor)
+
+    right, bytes_right = peers_module._copy_of, peers_module._bytes_of
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peers_module, "_copy_of", copy_of)
+        patch.setattr(peers_module, "_bytes_of", bytes_of)
+        patch.setattr(peers_module, "TIMEOUT_MS", 300)
+        starter = threading.Timer(0.1 if fault == "late" else 0.0, server.start, ({}, held))
+        starter.start()
+        peers = Peers([Member(0, 0, "x", 1, "host", "", "", weights=server.address)], node=0)
+        try:
+            return run([peers], store := make_store(), store, until)
+        finally:
+            starter.join()
+            peers.close()
+            server.close()
+
+
+def together(fault: str, rank_0: Callable[[WireGroup], None], rank_1: Callable[[WireGroup], Ran], parcel: int) -> Ran:
+    """Both ranks of a group, each in a thread; the fault comes upon the parcel `parcel`, the second expert's first."""
+    wires = Wires(2)
+    wires.spoilt = {parcel} if fault == "corrupt" else set()
+    wires.counted = 0
+    wires.dies_at = parcel if fault == "dies" else None
+    with ThreadPoolExecutor(2) as pool:
+        other = pool.submit(lambda: (time.sleep(0.1 if fault == "late" else 0.0), rank_0(WireGroup(wires, 0))))
+        try:
+            return pool.submit(rank_1, WireGroup(wires, 1)).result()
+        finally:
+            other.exception()
+
+
+def from_other_disks(fault: str, until: Until | None) -> Ran:
+    def other(group: Any) -> None:
+        store = make_store()
+        groups: Any = SimpleNamespace(control=group, data=group)
+        sources = [OtherDisks(Disk(Faulty(fault if fault in ("some", "wrong size") else "")), store, groups)]
+        fill([], store, sources, Account(), any_lacks=Vote(group, Account()))
+
+    def this(group: Any) -> Ran:
+        def broken(*_: Any) -> int:
+            raise OSError("no such disk")
+
+        disk, store = Disk(broken), make_store()
+        groups: Any = SimpleNamespace(control=group, data=group)
+        return run([OtherDisks(disk, store, groups)], store, store, until, any_lacks=Vote(group, Account()))
+
+    return together(fault, other, this, parcel=2)
+
+
+def from_replicas(fault: str, until: Until | None) -> Ran:
+    """Rank 0 holds what rank 1 is to hold."""
+    plan = plan_transfers(
+        np.tile(np.array([2, 3, 0, 1], dtype=np.int32), (LAYERS, 1)),
+        Placement(np.tile(np.array([0, 1, 2, 3]), (LAYERS, 1)), EXPERTS, SLOTS),
+        [0, 1],
+        Topology.uniform(2),
+    )
+    view = View(1, (Member(0, 0, "a", 1, "host", "", ""), Member(1, 0, "b", 1, "host", "", "")))
+
+    def of(rank: int, held: list[int]) -> Callable[[Any], Ran]:
+        def act(group: Any) -> Ran:
+            store = make_store(held)
+            staged = Staged(store)
+            transfer = Transfer(plan, view, rank, group, store.tensors, in_flight=4, between=lambda: None)
+            sources = [Replicas(GroupStaging(), transfer, staged)]
+            if rank == 0:
+                mine = [Want(layer, expert, expert) for layer in range(LAYERS) for expert in range(SLOTS)]
+                fill(mine, staged, sources, Account())
+            return run(sources, staged, store, until) if rank else Ran(store, Account(), Fallback(), 0.0)
+
+        return act
+
+    return together(fault, lambda group: of(0, [2, 3])(group), of(1, [0, 1]), parcel=2)  # type: ignore[arg-type,return-value]
+
+
+SOURCES: dict[str, tuple[Callable[[str, Until | None], Ran], Origin, set[str]]] = {
+    "memory": (from_memory, Origin.MEMORY, {"some", "dies", "wrong size", "late", "deadline"}),
+    "disk": (from_disk, Origin.DISK, set()),
+    "other disks": (from_other_disks, Origin.OTHER_DISK, {"deadline"}),
+    "peers": (from_peers, Origin.NODE, set()),
+    "replicas": (from_replicas, Origin.NODE, {"some", "wrong size", "deadline"}),
+}
+"""How to run each; where its bytes have been; what cannot befall it: a plan names what is held, one layout holds for a
+group, and what all ranks do together is bounded by the deadline of the group alone."""
+
+FAULTS = ["", "some", "corrupt", "wrong size", "late", "dies", "deadline"]
+CASES = [(name, fault) for name, (_, _, never) in SOURCES.items() for fault in FAULTS if fault not in never]
+
+
+@pytest.mark.parametrize(("name", "fault"), CASES, ids=[f"{name}: {fault or 'all come'}" for name, fault in CASES])
+def test_source(name: str, fault: str):
+    act, origin, _ = SOURCES[name]
+    if fault == "dies" and name in ("other disks", "replicas"):
+        with pytest.raises(PeerLost):
+            act(fault, None)
+        return
+    if fault == "deadline":
+        with pytest.raises(TransferFailed, match=r"no source has it right: none was asked in time \(and"):
+            act("", Until(time.monotonic()))
+        return
+    ran = act(fault, None)
+    for layer, expert, slot in WANTS:
+        assert ran.store.held[layer, slot] == expert
+        for found, right in zip(ran.store.tensors(layer, slot), tensors_of(layer, expert), strict=True):
+            assert torch.equal(found, right)
+    lacking = {"": [], "late": [], "dies": WANTS[1:]}.get(fault, [WANTS[1]])
+    assert ran.fallback.asked_for == lacking
+    assert ran.account.rejected == int(fault == "corrupt")
+    assert sum(ran.account.num_bytes.values()) == len(WANTS) * NUM_BYTES
+    if origin is not Origin.OTHER_DISK:
+        assert ran.account.num_bytes[origin] == (len(WANTS) - len(lacking)) * NUM_BYTES
+    assert ran.seconds < 3
+
+
+def test_sources_are_asked_nearest_first_and_only_for_what_lacks():
+    asked: list[str] = []
+
+    class Told(Disk):
+        def __init__(self, origin: Origin, gives: int) -> None:
+            super().__init__(write)
+            self.nearest, self.gives = origin, gives
+
+        def fetch(self, wants, landing, until):
+            asked.append(f"{self.nearest} {len(wants)}")
+            for want in wants[: self.gives]:
+                self.read(want.layer, want.expert, landing.open(want))
+                yield Came(want, self.nearest)
+
+    account = Account()
+    sources = [Told(Origin.DISK, 1), Told(Origin.OTHER_DISK, 9), Told(Origin.MEMORY, 0), Told(Origin.REMOTE, 3)]
+    fill(WANTS, make_store(), sources, account)
+    assert asked == ["memory 4", "remote 4", "disk 1"]
+    assert account.num_bytes == {Origin.REMOTE: 3 * NUM_BYTES, Origin.DISK: NUM_BYTES}
+    assert str(account) == "0.0 MB from remote, 0.0 MB from disk"
+
+
+def test_when_no_source_has_it_the_error_names_the_expert_and_each_reason():
+    def refuse(*_: Any) -> int:
+        raise OSError("no such file")
+
+    store = make_store()
+    with pytest.raises(TransferFailed) as raised:
+        fill(WANTS[:1], store, [Disk(refuse)], Account())
+    assert str(raised.value) == "layer 0 expert 2: no source has it right: disk: no such file"
+    assert not isinstance(raised.value, DigestMismatch)
+    with pytest.raises(DigestMismatch, match=r"expert 3: .*: disk: the bytes have another digest than the group's"):
+        fill(WANTS[1:2], store, [Disk(Faulty("corrupt"))], Account())
+    with pytest.raises(TransferFailed, match="none was asked in time"):
+        fill(WANTS, store, [], Account())
+    assert (store.held == EMPTY).all(), "a slot that was overwritten in vain holds nothing"
+
+
+def test_bytes_that_nobody_knows_become_the_truth_unless_their_source_says_otherwise():
+    store = make_store(knows_digests=False)
+    fill(WANTS[:1], store, [Disk(write)], Account())
+    assert store.digests[0, 2] == digest(tensors_of(0, 2))
+    assert not store.accept(WANTS[1], digest(tensors_of(0, 3))), "these bytes are others than their source says"
+    assert store.held[0, 1] == EMPTY
+
+
+def test_a_cancelled_fill_ends_between_two_experts():
+    reads = Faulty("")
+    with pytest.raises(PeerLost, match="the epoch was left"):
+        fill(WANTS, make_store(), [Disk(reads)], Account(), until=Until(is_cancelled=lambda: reads.reads == 2))
+    assert reads.reads == 2
+
+
+def test_the_other_ranks_are_asked_only_when_one_of_them_must():
+    asked: list[bool] = []
+
+    def nobody(lacking: bool) -> bool:
+        asked.append(lacking)
+        return False
+
+    store = make_store()
+    groups: Any = SimpleNamespace()  # a call of it would raise
+    fill(WANTS, store, [Disk(write), OtherDisks(Disk(write), store, groups)], Account(), any_lacks=nobody)
+    assert asked == [False]
+    with pytest.raises(TransferFailed, match="another rank"):
+        fill([], store, [], Account(), any_lacks=lambda lacking: True)
+
+
+def test_what_a_source_tells_of_twice_counts_once():
+    class Stubborn(Disk):
+        """Comes wrong first, then right."""
+
+        def fetch(self, wants, landing, until):
+            for want in wants:
+                for tensor in landing.open(want):
+                    tensor.zero_()
+                yield Came(want, Origin.DISK)
+                self.read(*want[:2], landing.open(want))
+                yield Came(want, Origin.DISK)
+
+    store, account = make_store(), Account()
+    fill(WANTS, store, [Stubborn(write)], account)
+    assert (account.rejected, account.num_bytes[Origin.DISK]) == (4, 4 * NUM_BYTES)
+    assert not list(store.wants(np.array([[2, 3], [2, 3]])))
+    assert isinstance(next(iter(Peers([], 0).fetch(WANTS[:1], store, Until()))), Missed)
