@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from elastic_moe.errors import TransferFailed
-from elastic_moe.group.groups import EpochGroups
+from elastic_moe.group.epoch_groups import EpochGroups
 from elastic_moe.weights.store import ExpertStore
 
 IN_FLIGHT = 64

@@ -14,7 +14,8 @@ from elastic_moe.control.rebalance import Round
 from elastic_moe.control.report import RebalanceReport
 from elastic_moe.control.step_gate import StepGate
 from elastic_moe.errors import PeerLost
-from elastic_moe.group.groups import EpochGroups, Group
+from elastic_moe.group.epoch_groups import EpochGroups
+from elastic_moe.group.process_group import Group
 from elastic_moe.group.step_barrier import StepBarrier
 from elastic_moe.group.view import View
 from elastic_moe.placement.loads import LoadCounter, LoadWindow

@@ -17,7 +17,7 @@ import torch
 from elastic_moe.control.other_disks import Unread, read_elsewhere
 from elastic_moe.control.report import Report
 from elastic_moe.errors import DigestMismatch, PeerLost, TransferFailed
-from elastic_moe.group.groups import EpochGroups
+from elastic_moe.group.epoch_groups import EpochGroups
 from elastic_moe.group.view import Member, View
 from elastic_moe.membership.current_epoch import CurrentEpoch
 from elastic_moe.membership.quorum import Membership

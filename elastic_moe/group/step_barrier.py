@@ -9,8 +9,9 @@ from concurrent.futures import TimeoutError as FutureTimeout
 
 import torch
 
+from elastic_moe.background import start_thread
 from elastic_moe.errors import PeerLost
-from elastic_moe.group.groups import Group
+from elastic_moe.group.process_group import Group
 
 MARGIN = 2
 """Steps from the last rank's word to the agreed step. A rank may be a step ahead of another, and while the words travel
@@ -56,7 +57,7 @@ class StepBarrier:
             except PeerLost as error:
                 agreed.set_exception(error.with_traceback(None))
 
-        threading.Thread(target=listen, name="step-barrier", daemon=True).start()
+        start_thread("step barrier", listen, on_error=agreed.set_exception)
 
     def poll(self) -> int | None:
         """The agreed step; None while it is not known, or nothing was begun. Does not wait.

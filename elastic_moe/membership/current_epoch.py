@@ -11,7 +11,7 @@ from typing import Any
 
 from elastic_moe.background import OnError
 from elastic_moe.errors import PeerLost
-from elastic_moe.group.groups import EpochGroups
+from elastic_moe.group.epoch_groups import EpochGroups
 from elastic_moe.group.view import Member, View
 from elastic_moe.membership.quorum import Membership
 from elastic_moe.membership.signals import AskView, Knock, PeerDied, Signals

@@ -17,7 +17,7 @@ from elastic_moe.errors import PeerLost
 from elastic_moe.exchange.epochs import exchanges_of
 from elastic_moe.exchange.interface import TokenExchange
 from elastic_moe.experts.slots import SlotExperts
-from elastic_moe.group.groups import EpochGroups
+from elastic_moe.group.epoch_groups import EpochGroups
 from elastic_moe.group.view import View
 from elastic_moe.membership.current_epoch import CurrentEpoch
 from elastic_moe.membership.launch import Launch, SeatStart, host_of

@@ -28,8 +28,8 @@ import torch
 from elastic_moe.exchange.collective import CollectiveExchange
 from elastic_moe.exchange.interface import TokenExchange
 from elastic_moe.exchange.layout import ExchangeLayout
+from elastic_moe.group.epoch_groups import EpochGroups
 from elastic_moe.group.epoch_store import EpochStore, StoreServer
-from elastic_moe.group.groups import EpochGroups
 from elastic_moe.group.view import Member, View
 
 TIMEOUT_S = 10.0

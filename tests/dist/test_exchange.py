@@ -12,7 +12,7 @@ from support.harness import run_ranks
 from elastic_moe.errors import PeerLost
 from elastic_moe.exchange.collective import CollectiveExchange
 from elastic_moe.membership.launch import SeatStart
-from elastic_moe.group.groups import EpochGroups
+from elastic_moe.group.epoch_groups import EpochGroups
 from elastic_moe.membership.launch import Launch
 from elastic_moe.membership.rendezvous import Seat, meet
 from elastic_moe.group.view import Member, View

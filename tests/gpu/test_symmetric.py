@@ -16,7 +16,7 @@ from support.harness import run_ranks  # noqa: E402
 from symmetric_ranks import Seat  # noqa: E402
 
 from elastic_moe.exchange.collective import CollectiveExchange  # noqa: E402
-from elastic_moe.group.groups import EpochGroups  # noqa: E402
+from elastic_moe.group.epoch_groups import EpochGroups  # noqa: E402
 from elastic_moe.memory.peer_memory import PeerMemory  # noqa: E402
 from elastic_moe.transport.symmetric import PeerStaging  # noqa: E402
 

@@ -30,7 +30,8 @@ from elastic_moe.control.rebalance import Round
 from elastic_moe.control.recovery import Phase, Recovery
 from elastic_moe.exchange.collective import CollectiveExchange
 from elastic_moe.experts.slots import SlotExperts
-from elastic_moe.group.groups import EpochGroups, Group
+from elastic_moe.group.epoch_groups import EpochGroups
+from elastic_moe.group.process_group import Group
 from elastic_moe.group.step_barrier import StepBarrier
 from elastic_moe.group.view import View
 from elastic_moe.integrations import transformers as integration

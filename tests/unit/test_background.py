@@ -14,7 +14,7 @@ from test_peers import DENSE, make_store
 
 from elastic_moe.background import Latch, start_thread
 from elastic_moe.errors import PeerLost
-from elastic_moe.group.groups import EpochGroups
+from elastic_moe.group.epoch_groups import EpochGroups
 from elastic_moe.group.view import Member, View
 from elastic_moe.membership import quorum
 from elastic_moe.membership.current_epoch import CurrentEpoch

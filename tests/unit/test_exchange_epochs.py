@@ -5,7 +5,7 @@ import torch
 
 from elastic_moe.config import ExchangeConfig
 from elastic_moe.exchange.epochs import CollectiveExchanges, SymmetricExchanges, exchanges_of
-from elastic_moe.group.groups import EpochGroups
+from elastic_moe.group.epoch_groups import EpochGroups
 from elastic_moe.group.view import Member, View
 
 ME = Member(0, 0, "me", 0, "127.0.0.1", "", "127.0.0.1:1")
