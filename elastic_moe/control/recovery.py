@@ -16,6 +16,7 @@ import torch
 
 from elastic_moe.control.other_disks import Unread, read_elsewhere
 from elastic_moe.control.report import Report
+from elastic_moe.deadlines import Deadlines
 from elastic_moe.errors import DigestMismatch, PeerLost, TransferFailed
 from elastic_moe.group.epoch_groups import EpochGroups
 from elastic_moe.group.view import Member, View
@@ -56,7 +57,7 @@ class Recovery:
         store: ExpertStore,
         device: torch.device,
         *,
-        exchange_timeout_s: float,
+        deadlines: Deadlines,
         grow_slots: bool,
     ) -> None:
         """`epoch` enters each new view with its groups before they are built, so that other threads may abort them."""
@@ -66,7 +67,7 @@ class Recovery:
         self._topology = topology
         self._store = store
         self._device = device
-        self._exchange_timeout_s = exchange_timeout_s
+        self._deadlines = deadlines
         self._grow_slots = grow_slots
         self._newcomer = False
         self._seconds: dict[str, float] = {}
@@ -97,9 +98,9 @@ class Recovery:
             attempts += 1
             try:
                 with self._phase(Phase.VIEW):
-                    view = self._membership.next_view(view, self._epoch.knock, deadline_s)
+                    view = self._membership.next_view(view, self._epoch.request_join, deadline_s)
                 with self._phase(Phase.GROUPS):
-                    groups = EpochGroups(view, self._me.rank, self._device, self._exchange_timeout_s)
+                    groups = EpochGroups(view, self._me.rank, self._device, self._deadlines)
                     self._epoch.enter(view, groups)
                     groups.build()
                 placement = self._repair(view, groups, version)

@@ -11,14 +11,12 @@ import torch
 import torch.distributed as dist
 
 from elastic_moe.background import start_thread
+from elastic_moe.deadlines import Deadlines
 from elastic_moe.errors import PeerLost
 from elastic_moe.group.backends import MakeBackend, make_gloo, make_nccl
 from elastic_moe.group.epoch_store import EpochStore
 from elastic_moe.group.process_group import Group
 from elastic_moe.group.view import View
-
-BUILD_TIMEOUT_S = 5.0
-"""How long members of a new view wait for each other; they have all just asked for it."""
 
 
 class EpochGroups:
@@ -31,14 +29,14 @@ class EpochGroups:
     control: Group
     data: Group
 
-    def __init__(self, view: View, rank: int, device: torch.device, timeout_s: float) -> None:
+    def __init__(self, view: View, rank: int, device: torch.device, deadlines: Deadlines) -> None:
         """Nothing is connected yet.
 
         Args:
             view: the agreed members.
             rank: EP rank of this process.
             device: cpu (gloo) or a CUDA device (NCCL) for the data group.
-            timeout_s: deadline of every later call, in seconds; building has `BUILD_TIMEOUT_S`.
+            deadlines: `build_s` is that of building, `exchange_s` that of every later call.
         """
         self.epoch = view.epoch
         self.ranks = view.ranks
@@ -46,7 +44,7 @@ class EpochGroups:
         self._offered = view.members[0].store
         self._rank = rank
         self._device = device
-        self._timeout_s = timeout_s
+        self._deadlines = deadlines
         self._built: Future[tuple[Group, Group]] = Future()
         self._lock = threading.Lock()
         self._opened: list[Group] = []
@@ -62,10 +60,11 @@ class EpochGroups:
             PeerLost: a member did not come in time, or `abort` was called.
         """
         start_thread("groups", self._connect, on_error=self._built.set_exception)
+        build_s = self._deadlines.build_s
         try:
-            self.control, self.data = self._built.result(BUILD_TIMEOUT_S)
+            self.control, self.data = self._built.result(build_s)
         except FutureTimeout:
-            self._fail(f"not built within {BUILD_TIMEOUT_S} s")
+            self._fail(f"not built within {build_s:g} s")
             self.control, self.data = self._built.result()  # unless they came at this very moment
         return self
 
@@ -117,10 +116,11 @@ class EpochGroups:
 
     def _connect(self) -> None:
         try:
-            store = EpochStore(self._offered, BUILD_TIMEOUT_S)
+            build_s, exchange_s = self._deadlines.build_s, self._deadlines.exchange_s
+            store = EpochStore(self._offered, build_s)
             data = make_gloo if self._device.type == "cpu" else make_nccl
-            control = self._group(make_gloo, "control", store, BUILD_TIMEOUT_S, self._timeout_s)
-            data = self._group(data, "data", store, BUILD_TIMEOUT_S, self._timeout_s)
+            control = self._group(make_gloo, "control", store, build_s, exchange_s)
+            data = self._group(data, "data", store, build_s, exchange_s)
         except (RuntimeError, OSError) as error:
             self._fail(str(error).splitlines()[0])
             return

@@ -13,6 +13,7 @@ from elastic_moe.control.rebalance import load_balancer
 from elastic_moe.control.rebalancer import Rebalancer
 from elastic_moe.control.recovery import Recovery
 from elastic_moe.control.report import Report
+from elastic_moe.deadlines import Deadlines
 from elastic_moe.errors import PeerLost
 from elastic_moe.exchange.epochs import exchanges_of
 from elastic_moe.exchange.interface import TokenExchange
@@ -59,7 +60,7 @@ class ElasticRuntime:
         device: torch.device,
         *,
         start_timeout_s: float = 120.0,
-        exchange_timeout_s: float = 30.0,
+        exchange_timeout_s: float = 15.0,
         silence_timeout_s: float = 20.0,
         lighthouses: Sequence[str] = (),
         grow_slots: bool = True,
@@ -88,14 +89,15 @@ class ElasticRuntime:
         self.idle = IdleForward()
         self.signals = seat.signals
         self._latch = Latch()
-        self._start_timeout_s = start_timeout_s
-        self._exchange_timeout_s = exchange_timeout_s
+        self._deadlines = Deadlines.of(
+            topology.num_ranks, exchange_s=exchange_timeout_s, start_s=start_timeout_s, ring_s=silence_timeout_s
+        )
         self._grow_slots = grow_slots
         self._eplb = eplb or EplbConfig()
         self._exchange_config = exchange or ExchangeConfig()
         symmetric = self._exchange_config.kind == "symmetric"
         self._group_device = torch.device("cpu") if symmetric else device
-        self._membership = Membership(seat.member, lighthouses or view.lighthouses, self.fail)
+        self._membership = Membership(seat.member, lighthouses or view.lighthouses, self._deadlines, self.fail)
         self._epoch = CurrentEpoch(seat.member, view, seat.signals, self._membership, lambda: self.on_change())
         self._registry: PlacementRegistry | None = None
         self.exchanges = exchanges_of(exchange, seat.member, topology.num_ranks, device, exchange_timeout_s)
@@ -105,9 +107,9 @@ class ElasticRuntime:
         self._store: ExpertStore | None = None
         self._weight_server: WeightServer | None = None
         self._supervised: Supervised | None = None
-        self._epoch.listen(silence_timeout_s, self.fail)
+        self._epoch.listen(self._deadlines, self.fail)
         if view.has(self.rank, seat.member.incarnation):
-            self._epoch.enter(view, EpochGroups(view, self.rank, self._group_device, exchange_timeout_s).build())
+            self._epoch.enter(view, EpochGroups(view, self.rank, self._group_device, self._deadlines).build())
             self._membership.start()
 
     @classmethod
@@ -144,7 +146,7 @@ class ElasticRuntime:
         if supervised:
             runtime._supervised = supervised
             runtime.on_view.append(supervised.tell_view)
-            supervised.begin(view)
+            supervised.begin(view, runtime._deadlines.beat_s)
         return runtime
 
     @property
@@ -219,7 +221,7 @@ class ElasticRuntime:
             load_balancer()
         self._load_counter = LoadCounter(num_layers, num_experts, self.device)
         config, me = self._exchange_config, self.seat.member
-        staging = open_staging(config, self._eplb, me, self.topology, self.device, self._exchange_timeout_s)
+        staging = open_staging(config, self._eplb, me, self.topology, self.device, self._deadlines.exchange_s)
         self._rebalancer = Rebalancer(
             self._eplb,
             self.rank,
@@ -249,7 +251,7 @@ class ElasticRuntime:
         self._store = ExpertStore(layers, self.registry.placement.of_rank(self.rank), read)
         self._store.record_digests()
         if self._epoch.is_entered:
-            with self.groups.control.patient(self._start_timeout_s):  # for those that load slowly
+            with self.groups.control.patient(self._deadlines.start_s):  # for those that load slowly
                 self._store.digests = self.groups.control.all_reduce_max_array(self._store.digests)
             self.rebalancer.begin_epoch(self.view, self.groups, self._store, changed=False)
 
@@ -273,7 +275,7 @@ class ElasticRuntime:
         self.handshakes += 1
         if self._rebalancer is not None:
             self._rebalancer.enter_step(self.handshakes)
-        *agreed, joining = self.groups.control.all_reduce_max([*flags, int(self._epoch.somebody_knocks)])
+        *agreed, joining = self.groups.control.all_reduce_max([*flags, int(self._epoch.somebody_joins)])
         if joining:
             raise PeerLost("a process joins")
         return agreed
@@ -333,7 +335,7 @@ class ElasticRuntime:
     @property
     def change_is_wanted(self) -> bool:
         """Whether the epoch is over, or a process waits to be taken in."""
-        return self._epoch.is_left or self._epoch.somebody_knocks
+        return self._epoch.is_left or self._epoch.somebody_joins
 
     def recover(self, reason: str) -> Report:
         """Leave the current epoch and come back in the next: view, groups, repair, vote, commit. Collective in effect.
@@ -354,7 +356,7 @@ class ElasticRuntime:
             self.topology,
             self.store,
             self._group_device,
-            exchange_timeout_s=self._exchange_timeout_s,
+            deadlines=self._deadlines,
             grow_slots=self._grow_slots,
         )
         version, newcomer = self.registry.placement.version, not self._epoch.is_entered

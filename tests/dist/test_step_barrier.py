@@ -10,6 +10,7 @@ import torch
 from support.harness import run_ranks
 
 from elastic_moe.control.step_gate import StepGate
+from elastic_moe.deadlines import Deadlines
 from elastic_moe.errors import PeerLost
 from elastic_moe.membership.launch import SeatStart
 from elastic_moe.group.epoch_groups import EpochGroups
@@ -21,7 +22,7 @@ def build(launch, timeout_s=20.0):
     """The store that serves the groups lives in the seat: it is returned to be kept."""
     seat = Seat(SeatStart(launch))
     view = meet(launch, seat.member, 30)
-    groups = EpochGroups(view, launch.rank, torch.device("cpu"), timeout_s).build()
+    groups = EpochGroups(view, launch.rank, torch.device("cpu"), Deadlines.of(launch.world_size, exchange_s=timeout_s)).build()
     return seat, groups, StepBarrier(groups.open("steps", timeout_s))
 
 
