@@ -93,12 +93,12 @@ class Deadlines:
     """A neighbour in the ring that is not heard of for so long is lost to this rank, which asks for a view. A
     supervisor finds a stopped process as soon; this finds a host without power, in a group that sleeps."""
     beat_s: float = 0.5
-    """From one word of a process to its supervisor to the next."""
+    """From one beat of a process to its supervisor to the next."""
     ping_s: float = 0.5
-    """From one word of a member to its neighbours in the ring to the next."""
+    """From one ping of a member to its neighbours in the ring to the next."""
 
     heartbeat_s: float = 0.1
-    """From one word of a member to the lighthouses to the next."""
+    """From one heartbeat of a member to the lighthouses to the next."""
     heartbeat_timeout_s: float = 1.0
     """A lighthouse counts a process for so long after its last heartbeat. All that a loss of a whole node waits for."""
     settle_s: float = 0.5

@@ -2,7 +2,7 @@
 
 torchrun stops all its processes when one of them dies, so the process it starts must not be the one that may die.
 This one starts SCRIPT as its child with the same environment. A script that joins by `ElasticRuntime.join(
-Launch.from_torchrun(os.environ))` survives the death of any rank: the others go on at once, and the dead one's script
+Launch.from_torchrun(os.environ))` survives the death of any rank: the others go on at once, and the script of that rank
 is started again and taken in. Exit code 0 ends the rank; a script that dies before it joined, or again and again, ends
 the launch.
 """

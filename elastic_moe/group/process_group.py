@@ -102,8 +102,8 @@ class Group:
         """
         (size,) = self.all_reduce_max([len(message or b"")])
         padded = (message or b"").ljust(size + -size % 8, b"\0")
-        words = self.all_reduce_sum_array(np.frombuffer(padded if message else bytes(len(padded)), dtype=np.int64))
-        return words.tobytes()[:size]
+        summed = self.all_reduce_sum_array(np.frombuffer(padded if message else bytes(len(padded)), dtype=np.int64))
+        return summed.tobytes()[:size]
 
     def _all_reduce(self, values: np.ndarray, op: Any) -> np.ndarray:
         reduced = np.array(values, dtype=np.int64)
@@ -198,10 +198,10 @@ class Group:
             ) from error
 
     def _is_done(self, work: dist.Work) -> bool:
-        """Whether `work` has ended, or its `wait` can be trusted to end with an abort. Waits a little.
+        """Whether `work` is over, or its `wait` can be trusted to end with an abort. Waits a little.
 
         gloo has been seen not to notice that its sockets are shut until the deadline, so its collectives are waited
-        for in turns, and left behind when the group is aborted. (A point-to-point work with a timeout would break off
+        for in turns, and given up when the group is aborted. (A point-to-point work with a timeout would break off
         the others of its group.)
         """
         if not self.on_cpu:
@@ -237,6 +237,6 @@ class Posted:
 
 
 def _bury(backend: Any, store: EpochStore) -> None:
-    """Hold the last reference to an aborted group: its end may wait for a call left behind, and nobody else has to."""
+    """Hold the last reference to an aborted group: destroying it may wait for a call given up; nobody else has to."""
     time.sleep(BURY_S)
     del backend, store

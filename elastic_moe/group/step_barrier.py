@@ -14,8 +14,8 @@ from elastic_moe.errors import PeerLost
 from elastic_moe.group.process_group import Group
 
 MARGIN = 2
-"""Steps from the last rank's word to the agreed step. A rank may be a step ahead of another, and while the words travel
-it runs one more; with two steps it has heard all of them before it could have to act, so it never waits. A smaller
+"""Steps from the last rank's message to the agreed step. A rank may be a step ahead of another, and while messages
+travel it runs one more; with two steps it has heard all of them before it could have to act, so it never waits. A smaller
 margin would be as right, only slower: a rank that has not heard enough waits, see `due`."""
 
 
@@ -45,15 +45,16 @@ class StepBarrier:
             tag, agreed = self._uses, self._agreed
         peers = [peer for peer in range(self._group.size) if peer != self._group.rank]
         mine = torch.tensor([step])
-        words = [torch.empty_like(mine) for _ in peers]
+        theirs = [torch.empty_like(mine) for _ in peers]
         sent = self._group.post(
-            [(mine, peer, tag) for peer in peers], [(word, peer, tag) for word, peer in zip(words, peers, strict=True)]
+            [(mine, peer, tag) for peer in peers],
+            [(their, peer, tag) for their, peer in zip(theirs, peers, strict=True)],
         )
 
         def listen() -> None:
             try:
                 sent.wait()
-                agreed.set_result(max([step, *(int(word) for word in words)]) + MARGIN)
+                agreed.set_result(max([step, *map(int, theirs)]) + MARGIN)
             except PeerLost as error:
                 agreed.set_exception(error.with_traceback(None))
 
@@ -72,7 +73,7 @@ class StepBarrier:
         """Whether `step`, which this rank is about to begin, is the agreed one; if so the barrier can be begun again.
 
         Call it before every step. It waits only when `step` may be the agreed one and not all peers have been heard:
-        any rank's own word plus the margin is a lower bound, so nobody runs the agreed step without knowing of it.
+        any rank's own step plus the margin is a lower bound, so nobody runs the agreed step without knowing of it.
 
         Raises:
             PeerLost: a peer died, left, or missed the deadline of the group.

@@ -29,16 +29,16 @@ def main() -> None:
         heartbeat_timeout_ms=arguments.heartbeat_timeout_ms,
     )
     channel.send(Ready(f"http://{arguments.bind}"))
-    ended = threading.Event()
-    start_thread("supervisor", _wait_for_end, channel, ended, on_error=end_process)
-    ended.wait()
+    supervisor_died = threading.Event()
+    start_thread("supervisor", _wait_for_death, channel, supervisor_died, on_error=end_process)
+    supervisor_died.wait()
     server.shutdown()
 
 
-def _wait_for_end(channel: Channel, ended: threading.Event) -> None:
+def _wait_for_death(channel: Channel, supervisor_died: threading.Event) -> None:
     while channel.receive() is not None:
         pass
-    ended.set()
+    supervisor_died.set()
 
 
 if __name__ == "__main__":
