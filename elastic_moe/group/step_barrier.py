@@ -15,8 +15,8 @@ from elastic_moe.group.process_group import Group
 
 MARGIN = 2
 """Steps from the last rank's message to the agreed step. A rank may be a step ahead of another, and while messages
-travel it runs one more; with two steps it has heard all of them before it could have to act, so it never waits. A smaller
-margin would be as right, only slower: a rank that has not heard enough waits, see `due`."""
+travel it runs one more; with two steps it has heard all of them before it could have to act, so it never waits. A
+smaller margin would be as right, only slower: a rank that has not heard enough waits, see `due`."""
 
 
 class StepBarrier:
