@@ -60,15 +60,6 @@ class StepBarrier:
 
         start_thread("step barrier", listen, on_error=agreed.set_exception)
 
-    def poll(self) -> int | None:
-        """The agreed step; None while it is not known, or nothing was begun. Does not wait.
-
-        Raises:
-            PeerLost: a peer died, left, or missed the deadline.
-        """
-        agreed = self._agreed
-        return agreed.result() if agreed is not None and agreed.done() else None
-
     def due(self, step: int) -> bool:
         """Whether `step`, which this rank is about to begin, is the agreed one; if so the barrier can be begun again.
 
