@@ -133,6 +133,11 @@ def test_each_rule_holds_at_its_limit(fields: dict[str, float]):
     assert dataclasses.asdict(Deadlines(**fields)).items() >= fields.items()
 
 
+def test_they_are_never_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Deadlines().exchange_s = 1.0  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def test_every_field_that_a_user_sets_is_named_by_its_key():
     fields = {field.name for field in dataclasses.fields(Deadlines)}
     keys = {f"elastic.{field.name}" for field in dataclasses.fields(ElasticConfig)}

@@ -253,6 +253,18 @@ def test_the_beats_of_one_life_do_not_count_against_the_next(bench):
     assert (at.num_starts, at.process.killed) == (2, 0)
 
 
+def test_a_process_that_died_is_not_called_hung_while_it_waits_for_its_respawn(bench, capsys):
+    at = bench(max_quick_deaths=9)
+    at.turn(said(ViewChanged(VIEW)))
+    for _ in range(6):
+        at.turn(said(Beat(1, working=True)), DYING, exited(-9))
+        for _ in range(64):
+            at.turn(after_s=0.5)
+    assert at.num_starts == 7
+    assert {child.killed for child in at.fake.started} == {0}
+    assert "killing it" not in capsys.readouterr().err
+
+
 def test_a_late_beat_of_the_last_life_does_not_count_against_the_next(bench):
     at = bench()
     at.turn(said(ViewChanged(VIEW)), exited(-9), said(Beat(1, working=True)))
@@ -297,6 +309,7 @@ def test_a_signal_ends_the_run_and_all_children(bench):
     assert (at.fake.stopped, at.sender.closed) == (1, True)
     assert at.rank.views == [VIEW]
     assert set(at.fake.waits) == {POLL_S}
+    assert at.num_starts == 2, "the bench has started one, and the run another"
 
 
 def test_children_are_stopped_also_when_a_turn_raises(bench, monkeypatch: pytest.MonkeyPatch):
