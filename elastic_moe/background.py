@@ -1,4 +1,4 @@
-"""Background threads whose errors are never swallowed: a rank with a dead thread in it must not look alive."""
+"""Background threads whose errors are never swallowed: a rank of which a thread has died must not look alive."""
 
 import logging
 import os

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from elastic_moe.deadlines import Deadlines
+
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 EXCHANGE_KINDS = ("collective", "symmetric")
@@ -64,7 +66,9 @@ class ElasticConfig:
     slots_per_rank: int | None = _key(
         None, "expert slots per rank and layer; null: ceil(experts / ranks) + redundant_slots"
     )
-    exchange_timeout_s: float = _key(30.0, "deadline of one token exchange between ranks, in seconds")
+    exchange_timeout_s: float | None = _key(
+        None, "deadline of one token exchange between ranks, in seconds; null: three quarters of hang_timeout_s"
+    )
     start_timeout_s: float = _key(120.0, "how long the ranks wait for each other at start, in seconds")
 
     grow_slots: bool = _key(True, "add slots on the survivors when a loss leaves fewer than the experts need")
@@ -80,8 +84,23 @@ class ElasticConfig:
         slots = self.slots_per_rank
         _check(slots is None or slots >= 1, "elastic.slots_per_rank", slots, "must be null, or 1 or more")
         for key in ("exchange_timeout_s", "start_timeout_s", "hang_timeout_s"):
-            ok = 0 < getattr(self, key) < math.inf
-            _check(ok, f"elastic.{key}", getattr(self, key), "must be more than 0 seconds, and finite")
+            value = getattr(self, key)
+            ok = value is None or 0 < value < math.inf
+            _check(ok, f"elastic.{key}", value, "must be more than 0 seconds, and finite")
+        self.deadlines(num_ranks=1)
+
+    def deadlines(self, num_ranks: int) -> Deadlines:
+        """Those of a launch of `num_ranks` ranks that serve.
+
+        Raises:
+            ValueError: keys contradict each other; the message says which, why, and what is allowed.
+        """
+        hang_s, exchange_s = self.hang_timeout_s, self.exchange_timeout_s
+        if exchange_s is None:
+            exchange_s = Deadlines.exchange_below(hang_s)
+        return Deadlines.of(
+            num_ranks, exchange_s=exchange_s, start_s=self.start_timeout_s, ring_s=hang_s, hang_s=hang_s
+        )
         _check(self.max_quick_deaths >= 1, "elastic.max_quick_deaths", self.max_quick_deaths, "must be 1 or more")
         urls = [url for url in self.lighthouse.split(",") if url]
         ok = all(url.startswith("http://") for url in urls)

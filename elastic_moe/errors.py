@@ -13,10 +13,6 @@ class PeerLost(ElasticError):
     """A collective or transfer broke off because a peer died, left, or missed its deadline."""
 
 
-class StaleEpoch(ElasticError):
-    """A message, group or transfer named an epoch that is no longer the current one."""
-
-
 class TransferFailed(ElasticError):
     """An expert could be had from no source; the message names layer, expert and each reason."""
 

@@ -2,7 +2,7 @@
 
 torchrun stops all its processes when one of them dies, so the process it starts must not be the one that may die.
 This one starts SCRIPT as its child with the same environment. A script that joins by `ElasticRuntime.join(
-Launch.from_torchrun(os.environ))` survives the death of any rank: the others go on at once, and the dead one's script
+Launch.from_torchrun(os.environ))` survives the death of any rank: the others go on at once, and the script of that rank
 is started again and taken in. Exit code 0 ends the rank; a script that dies before it joined, or again and again, ends
 the launch.
 """
@@ -12,18 +12,20 @@ import os
 import sys
 from pathlib import Path
 
+from elastic_moe.config import ElasticConfig
+from elastic_moe.deadlines import Deadlines
 from elastic_moe.membership.launch import SUPERVISOR_FD, Launch, SeatStart
-from elastic_moe.supervision.channel import Ready
-from elastic_moe.supervision.rank_supervisor import SEAT, Limits, RankSupervisor
+from elastic_moe.supervision.channel import Done
+from elastic_moe.supervision.rank_supervisor import SEAT, RankSupervisor
 from elastic_moe.supervision.supervisor import Child, Event
 
 
 class ScriptSupervisor(RankSupervisor):
     """Keeps a user's script in the seat; each node's first rank has a lighthouse beside it."""
 
-    def __init__(self, launch: Launch, command: list[str], limits: Limits) -> None:
+    def __init__(self, launch: Launch, command: list[str], deadlines: Deadlines, max_quick_deaths: int) -> None:
         """`command` is started without a change."""
-        super().__init__(launch, limits, keeps_lighthouse=launch.local_rank == 0)
+        super().__init__(launch, deadlines, max_quick_deaths, keeps_lighthouse=launch.local_rank == 0)
         self._command = command
         self._done = False
 
@@ -35,7 +37,7 @@ class ScriptSupervisor(RankSupervisor):
 
     def on_message(self, event: Event) -> None:
         """See the base."""
-        self._done = self._done or isinstance(event.message, Ready)
+        self._done = self._done or isinstance(event.message, Done)
 
     def is_loss(self) -> bool:
         """See the base."""
@@ -61,7 +63,7 @@ def main() -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    defaults = Limits()
+    defaults = ElasticConfig()
     parser.add_argument(
         "--hang-timeout", type=float, default=defaults.hang_timeout_s, help="kill a stopped script after SECONDS"
     )
@@ -75,11 +77,12 @@ def main() -> int:
         parser.error(f"no such script: {options.script}")
     try:
         launch = Launch.from_torchrun(os.environ)
+        deadlines = ElasticConfig(hang_timeout_s=options.hang_timeout).deadlines(launch.world_size)
     except ValueError as error:
         parser.error(str(error))
     os.environ.setdefault("RUST_LOG", "error")  # torchft tells of every heartbeat
     command = [sys.executable, options.script, *options.args]
-    return ScriptSupervisor(launch, command, Limits(options.hang_timeout, options.max_quick_deaths)).run()
+    return ScriptSupervisor(launch, command, deadlines, options.max_quick_deaths).run()
 
 
 if __name__ == "__main__":

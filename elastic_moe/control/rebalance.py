@@ -18,7 +18,7 @@ from elastic_moe.config import EplbConfig
 from elastic_moe.control.report import Outcome, RebalanceReport
 from elastic_moe.control.vote import Vote
 from elastic_moe.errors import TransferFailed
-from elastic_moe.group.groups import Group
+from elastic_moe.group.process_group import Group
 from elastic_moe.group.view import View
 from elastic_moe.placement.balancedness import MoveCost, balancedness, worth_moving
 from elastic_moe.placement.chunks import chunks

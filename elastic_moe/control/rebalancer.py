@@ -13,8 +13,10 @@ from elastic_moe.config import EplbConfig
 from elastic_moe.control.rebalance import Round
 from elastic_moe.control.report import Outcome, RebalanceReport
 from elastic_moe.control.step_gate import StepGate
+from elastic_moe.deadlines import Deadlines
 from elastic_moe.errors import PeerLost
-from elastic_moe.group.groups import EpochGroups, Group
+from elastic_moe.group.epoch_groups import EpochGroups
+from elastic_moe.group.process_group import Group
 from elastic_moe.group.step_barrier import StepBarrier
 from elastic_moe.group.view import View
 from elastic_moe.placement.loads import LoadCounter, LoadWindow
@@ -28,8 +30,6 @@ AFTER_CHANGE_S = 2.0
 """From a loss or a join to the round that it asks for: streams catch up first."""
 STEP_WAIT_S = 0.05
 """How long a transfer that has used up the budget of a step waits for the next one; a group that sleeps takes none."""
-GRACE_S = 60.0
-"""Deadline of the balancer's own groups, beyond the interval at which all ranks come to them by themselves."""
 
 
 class Rebalancer:
@@ -43,6 +43,7 @@ class Rebalancer:
         counter: LoadCounter,
         steps: Callable[[], int],
         staging: Staging,
+        deadlines: Deadlines,
         *,
         wake: Callable[[], None],
         committed: Callable[[Placement], None],
@@ -56,6 +57,7 @@ class Rebalancer:
             counter: what the layers count.
             steps: how many steps this rank has taken in all.
             staging: how experts come to where they are swapped in.
+            deadlines: of waits for other ranks.
             wake: makes a step loop that sleeps look at `wants_steps` and `reports`; from any thread.
             committed: called in the step loop with every placement that a round commits.
             on_error: told if a thread dies of a bug.
@@ -66,6 +68,7 @@ class Rebalancer:
         self._counter = counter
         self._steps = steps
         self.staging = staging
+        self.grace_s = deadlines.rebalance_grace_s
         self.wake = wake
         self._committed = committed
         self.on_error = on_error
@@ -188,7 +191,7 @@ class _Session:
     def _serve(self) -> None:
         owner, config = self._owner, self._owner.config
         owner.staging.enter(self._view)
-        deadline_s = GRACE_S + config.interval_s
+        deadline_s = owner.grace_s + config.interval_s
         group = self._groups.open("balance", deadline_s)
         self.gate.open(StepBarrier(self._groups.open("steps", deadline_s)))
         for number in itertools.count(1):

@@ -14,8 +14,9 @@ import torch
 
 from elastic_moe.control.report import Report
 from elastic_moe.control.vote import Vote
+from elastic_moe.deadlines import Deadlines
 from elastic_moe.errors import PeerLost
-from elastic_moe.group.groups import EpochGroups
+from elastic_moe.group.epoch_groups import EpochGroups
 from elastic_moe.group.view import Member, View
 from elastic_moe.membership.current_epoch import CurrentEpoch
 from elastic_moe.membership.quorum import Membership
@@ -27,8 +28,6 @@ from elastic_moe.weights.sources import Account, Until, fill
 from elastic_moe.weights.store import UNKNOWN, ExpertStore
 
 log = logging.getLogger(__name__)
-
-DEADLINE_S = 60.0
 
 
 class Phase(enum.StrEnum):
@@ -53,7 +52,7 @@ class Recovery:
         disk: Disk | None,
         device: torch.device,
         *,
-        exchange_timeout_s: float,
+        deadlines: Deadlines,
         grow_slots: bool,
     ) -> None:
         """`epoch` enters each new view with its groups before they are built, so that other threads may abort them;
@@ -65,7 +64,7 @@ class Recovery:
         self._store = store
         self._disk = disk
         self._device = device
-        self._exchange_timeout_s = exchange_timeout_s
+        self._deadlines = deadlines
         self._grow_slots = grow_slots
         self._newcomer = False
         self._phase: Phase | None = None
@@ -74,9 +73,7 @@ class Recovery:
         self._lower_bound = 0
         self._rejected = 0
 
-    def run(
-        self, view: View, version: int, reason: str, *, newcomer: bool, deadline_s: float = DEADLINE_S
-    ) -> tuple[Placement, Report]:
+    def run(self, view: View, version: int, reason: str, *, newcomer: bool) -> tuple[Placement, Report]:
         """Go from `view` to a later one, in which all members agree on a placement.
 
         Args:
@@ -84,22 +81,22 @@ class Recovery:
             version: of the last placement committed here.
             reason: what was noticed, for the report.
             newcomer: this process has never been a member; what it holds must have the digests of the group.
-            deadline_s: give up after this many seconds.
 
         Raises:
-            PeerLost: no agreement within the deadline.
+            PeerLost: no agreement within `Deadlines.recovery_s`.
             NotEnoughSlots: the members' slots cannot hold all experts; the view and its groups are good.
             TransferFailed: an expert can be had from no source, on all members; the view and its groups are good.
         """
         old, noticed_at, begin, attempts = view, time.time(), time.monotonic(), 0
+        deadline_s = self._deadlines.recovery_s
         self._newcomer = newcomer
         while True:
             attempts += 1
             try:
                 self._enter(Phase.VIEW)
-                view = self._membership.next_view(view, self._epoch.knock, deadline_s)
+                view = self._membership.next_view(view, self._epoch.request_join, deadline_s)
                 self._enter(Phase.GROUPS)
-                groups = EpochGroups(view, self._me.rank, self._device, self._exchange_timeout_s)
+                groups = EpochGroups(view, self._me.rank, self._device, self._deadlines)
                 self._epoch.enter(view, groups)
                 groups.build()
                 self._enter(Phase.REPAIR)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from elastic_moe.group.groups import Group
+from elastic_moe.group.process_group import Group
 from elastic_moe.weights.sources import ORIGINS, Account
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from elastic_moe.exchange.interface import Dispatched, TokenExchange
-from elastic_moe.group.groups import Group
+from elastic_moe.group.process_group import Group
 
 
 @dataclass(frozen=True)

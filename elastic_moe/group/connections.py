@@ -26,9 +26,6 @@ class Connections:
                     continue
             sock.close()
 
-    def __len__(self) -> int:
-        return len(self._sockets)
-
     def shut(self) -> None:
         """End all of them, in both directions. Safe to call twice and from any thread."""
         with self._lock:

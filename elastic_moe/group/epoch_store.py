@@ -1,8 +1,8 @@
 """Where the members of a view leave each other the addresses of a new group: each process offers one, over ZMQ.
 
 Not torch's TCPStore: that looks up the name of every peer's address, on both sides of every connection, before it
-serves it. Where the name service is slow or away that is 5 s and more for each lookup, in the middle of a recovery
-(torch 2.13, `c10d::detail::formatSockAddr`; seen here for one connection in 25).
+serves it. Where the name service is slow or does not answer that is 5 s and more for each lookup, in the middle of a
+recovery (torch 2.13, `c10d::detail::formatSockAddr`; seen here for one connection in 25).
 """
 
 import threading
@@ -16,17 +16,18 @@ import zmq
 from elastic_moe.background import end_process, start_thread
 
 KEEP_S = 600.0
-"""How long a value is kept. The members of a group come to it within seconds of each other, whatever its deadline."""
+"""How long a value is kept: longer than any `Deadlines.build_s`. The members of a group come to it within seconds of
+each other, whatever its deadline."""
 
 
-class Put(msgspec.Struct, tag="put", frozen=True):
+class PutRequest(msgspec.Struct, tag="put", frozen=True):
     """Client -> server: keep `value`."""
 
     key: str
     value: bytes
 
 
-class Ask(msgspec.Struct, tag="ask", frozen=True):
+class GetRequest(msgspec.Struct, tag="get", frozen=True):
     """Client -> server: answer with the values of `keys` as soon as all are there, or never after `within_s`.
 
     With 0 seconds the answer comes at once, and is None unless all are there.
@@ -37,16 +38,16 @@ class Ask(msgspec.Struct, tag="ask", frozen=True):
     within_s: float
 
 
-class Values(msgspec.Struct, frozen=True):
-    """Server -> client: the values of `Ask` number `number`, in the order of its keys."""
+class GetReply(msgspec.Struct, frozen=True):
+    """Server -> client: the values of `GetRequest` number `number`, in the order of its keys."""
 
     number: int
     values: list[bytes] | None
 
 
 _encode = msgspec.msgpack.Encoder().encode
-_decode_request = msgspec.msgpack.Decoder(Put | Ask).decode
-_decode_values = msgspec.msgpack.Decoder(Values).decode
+_decode_request = msgspec.msgpack.Decoder(PutRequest | GetRequest).decode
+_decode_reply = msgspec.msgpack.Decoder(GetReply).decode
 
 
 class StoreServer:
@@ -60,7 +61,7 @@ class StoreServer:
         """`host:port`"""
         self._kept: dict[str, tuple[float, bytes]] = {}
         """Key -> (time until which it is kept, value), oldest first."""
-        self._waiting: list[tuple[bytes, Ask, float]] = []
+        self._waiting: list[tuple[bytes, GetRequest, float]] = []
         start_thread("store", self._serve, on_error=end_process)
 
     def _serve(self) -> None:
@@ -71,7 +72,7 @@ class StoreServer:
                 request = _decode_request(frame)
             except msgspec.MsgspecError:
                 continue
-            if isinstance(request, Put):
+            if isinstance(request, PutRequest):
                 self._kept.pop(request.key, None)
                 self._kept[request.key] = now + KEEP_S, request.value
             else:
@@ -84,12 +85,12 @@ class StoreServer:
             del self._kept[oldest]
         self._waiting = [entry for entry in self._waiting if entry[2] >= now]
 
-    def _answered(self, client: bytes, ask: Ask) -> bool:
-        complete = all(key in self._kept for key in ask.keys)
-        if complete or not ask.within_s:
-            values = [self._kept[key][1] for key in ask.keys] if complete else None
-            self._router.send_multipart([client, _encode(Values(ask.number, values))])
-        return complete or not ask.within_s
+    def _answered(self, client: bytes, request: GetRequest) -> bool:
+        complete = all(key in self._kept for key in request.keys)
+        if complete or not request.within_s:
+            values = [self._kept[key][1] for key in request.keys] if complete else None
+            self._router.send_multipart([client, _encode(GetReply(request.number, values))])
+        return complete or not request.within_s
 
 
 class EpochStore(dist.Store):
@@ -115,7 +116,7 @@ class EpochStore(dist.Store):
     def set(self, key: str, value: bytes | str) -> None:
         """Keep `value` under `key`; a later one replaces it."""
         with self._lock:
-            self._socket.send(_encode(Put(key, value.encode() if isinstance(value, str) else value)))
+            self._socket.send(_encode(PutRequest(key, value.encode() if isinstance(value, str) else value)))
 
     def get(self, key: str) -> bytes:
         """The value of `key`, as soon as it is there.
@@ -131,7 +132,7 @@ class EpochStore(dist.Store):
         Raises:
             dist.DistStoreError: they did not come in time.
         """
-        return self._ask(keys, self._timeout_s) or []
+        return self._get(keys, self._timeout_s) or []
 
     def check(self, keys: list[str]) -> bool:
         """Whether all of `keys` are there now.
@@ -139,7 +140,7 @@ class EpochStore(dist.Store):
         Raises:
             dist.DistStoreError: the server does not answer.
         """
-        return self._ask(keys, 0.0) is not None
+        return self._get(keys, 0.0) is not None
 
     def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
         """Return when all of `keys` are there.
@@ -147,16 +148,16 @@ class EpochStore(dist.Store):
         Raises:
             dist.DistStoreError: they did not come in time.
         """
-        self._ask(keys, self._timeout_s if timeout is None else max(0.001, timeout.total_seconds()))
+        self._get(keys, self._timeout_s if timeout is None else max(0.001, timeout.total_seconds()))
 
-    def _ask(self, keys: list[str], within_s: float) -> list[bytes] | None:
+    def _get(self, keys: list[str], within_s: float) -> list[bytes] | None:
         with self._lock:
             self._number += 1
-            self._socket.send(_encode(Ask(self._number, keys, within_s)))
+            self._socket.send(_encode(GetRequest(self._number, keys, within_s)))
             within_s = within_s or self._timeout_s
             deadline = time.monotonic() + within_s
             while self._socket.poll(max(0, int((deadline - time.monotonic()) * 1000))):
-                answer = _decode_values(self._socket.recv())
-                if answer.number == self._number:
-                    return answer.values
+                reply = _decode_reply(self._socket.recv())
+                if reply.number == self._number:
+                    return reply.values
         raise dist.DistStoreError(f"no value of {', '.join(keys)} within {within_s} s")

@@ -9,13 +9,14 @@ from concurrent.futures import TimeoutError as FutureTimeout
 
 import torch
 
+from elastic_moe.background import start_thread
 from elastic_moe.errors import PeerLost
-from elastic_moe.group.groups import Group
+from elastic_moe.group.process_group import Group
 
 MARGIN = 2
-"""Steps from the last rank's word to the agreed step. A rank may be a step ahead of another, and while the words travel
-it runs one more; with two steps it has heard all of them before it could have to act, so it never waits. A smaller
-margin would be as right, only slower: a rank that has not heard enough waits, see `due`."""
+"""Steps from the last rank's message to the agreed step. A rank may be a step ahead of another, and while messages
+travel it runs one more; with two steps it has heard all of them before it could have to act, so it never waits. A
+smaller margin would be as right, only slower: a rank that has not heard enough waits, see `due`."""
 
 
 class StepBarrier:
@@ -44,34 +45,26 @@ class StepBarrier:
             tag, agreed = self._uses, self._agreed
         peers = [peer for peer in range(self._group.size) if peer != self._group.rank]
         mine = torch.tensor([step])
-        words = [torch.empty_like(mine) for _ in peers]
+        theirs = [torch.empty_like(mine) for _ in peers]
         sent = self._group.post(
-            [(mine, peer, tag) for peer in peers], [(word, peer, tag) for word, peer in zip(words, peers, strict=True)]
+            [(mine, peer, tag) for peer in peers],
+            [(their, peer, tag) for their, peer in zip(theirs, peers, strict=True)],
         )
 
         def listen() -> None:
             try:
                 sent.wait()
-                agreed.set_result(max([step, *(int(word) for word in words)]) + MARGIN)
+                agreed.set_result(max([step, *map(int, theirs)]) + MARGIN)
             except PeerLost as error:
                 agreed.set_exception(error.with_traceback(None))
 
-        threading.Thread(target=listen, name="step-barrier", daemon=True).start()
-
-    def poll(self) -> int | None:
-        """The agreed step; None while it is not known, or nothing was begun. Does not wait.
-
-        Raises:
-            PeerLost: a peer died, left, or missed the deadline.
-        """
-        agreed = self._agreed
-        return agreed.result() if agreed is not None and agreed.done() else None
+        start_thread("step barrier", listen, on_error=agreed.set_exception)
 
     def due(self, step: int) -> bool:
         """Whether `step`, which this rank is about to begin, is the agreed one; if so the barrier can be begun again.
 
         Call it before every step. It waits only when `step` may be the agreed one and not all peers have been heard:
-        any rank's own word plus the margin is a lower bound, so nobody runs the agreed step without knowing of it.
+        any rank's own step plus the margin is a lower bound, so nobody runs the agreed step without knowing of it.
 
         Raises:
             PeerLost: a peer died, left, or missed the deadline of the group.

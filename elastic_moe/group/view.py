@@ -19,7 +19,7 @@ class Member(msgspec.Struct, frozen=True):
     pid: int
     host: str
     signals: str
-    """ZMQ endpoint for words between members, for example `tcp://127.0.0.1:40123`."""
+    """ZMQ endpoint for signals between members, for example `tcp://127.0.0.1:40123`."""
     store: str
     """`host:port` of the `StoreServer` this member offers for building groups."""
     address: str = ""

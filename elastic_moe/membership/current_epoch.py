@@ -1,6 +1,6 @@
-"""The epoch this process is in, and the words between members by which it ends.
+"""The epoch this process is in, and the signals between members upon which it is left.
 
-Nobody acts on a word alone: a death heard of, a silent neighbour, another's wish only make this process leave, and ask
+Nobody acts on a signal alone: a death heard of, a neighbour lost, another's wish only make this process leave, and ask
 for the next view.
 """
 
@@ -10,11 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 from elastic_moe.background import OnError
+from elastic_moe.deadlines import Deadlines
 from elastic_moe.errors import PeerLost
-from elastic_moe.group.groups import EpochGroups
+from elastic_moe.group.epoch_groups import EpochGroups
 from elastic_moe.group.view import Member, View
 from elastic_moe.membership.quorum import Membership
-from elastic_moe.membership.signals import AskView, Knock, PeerDied, Signals
+from elastic_moe.membership.signals import JoinRequest, PeerDied, Signals, ViewRequest
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ class CurrentEpoch:
         self, me: Member, view: View, signals: Signals, membership: Membership, on_change: Callable[[], None]
     ) -> None:
         """`view` is the last known; its groups come with `enter`. `on_change` is called, in another thread, after
-        every word: a rank that sleeps must look."""
+        every signal: a rank that sleeps must look."""
         self.view = view
         self._me = me
         self._signals = signals
@@ -35,7 +36,7 @@ class CurrentEpoch:
         self._lock = threading.Lock()
         self._groups: EpochGroups | None = None
         self._left = -1
-        self._knocking: dict[int, Member] = {}
+        self._joining: dict[int, Member] = {}
 
     @property
     def is_entered(self) -> bool:
@@ -55,37 +56,37 @@ class CurrentEpoch:
         return self._left == self.view.epoch
 
     @property
-    def somebody_knocks(self) -> bool:
+    def somebody_joins(self) -> bool:
         """Whether a process that is no member waits to be taken in."""
-        knocking, view = list(self._knocking.values()), self.view
-        return any(not view.has(m.rank, m.incarnation) for m in knocking)
+        joining, view = list(self._joining.values()), self.view
+        return any(not view.has(m.rank, m.incarnation) for m in joining)
 
-    def listen(self, silence_timeout_s: float, on_error: OnError) -> None:
-        """Hear the words of members and supervisors from now on; mind neighbours silent for so many seconds. `on_error`
-        is told if nothing is heard any more."""
-        self._on(AskView, lambda word: self.abort(word.epoch))
-        self._on(PeerDied, lambda word: self._peer_died(word.rank, word.incarnation))
-        self._on(Knock, lambda word: self._let_knock(word.member))
-        self._signals.start(self._me.incarnation, silence_timeout_s, self._peer_is_silent, on_error)
+    def listen(self, deadlines: Deadlines, on_error: OnError) -> None:
+        """Hear the signals of members and supervisors from now on, and mind the neighbours. `on_error` is told if
+        nothing is heard any more."""
+        self._on(ViewRequest, lambda signal: self.abort(signal.epoch))
+        self._on(PeerDied, lambda signal: self._peer_died(signal.rank, signal.incarnation))
+        self._on(JoinRequest, lambda signal: self._let_join(signal.member))
+        self._signals.start(self._me.incarnation, deadlines, self._peer_is_lost, on_error)
 
     def enter(self, view: View, groups: EpochGroups) -> None:
         """Go over to `view`; its groups may still have to be built, and may be aborted meanwhile."""
         with self._lock:
             self.view, self._groups = view, groups
         self._signals.watch(view, self._me.rank)
-        if self._membership.knows_dead(view):
+        if self._membership.knows_a_death(view):
             self.abort(view.epoch)
 
     def leave(self, view: View) -> None:
-        """Leave `view` if it is the current one, and tell its members, who may wait for us. Those who knocked ask for
-        the next view already."""
+        """Leave `view` if it is the current one, and tell its members, who may wait for us. Those who want to join ask
+        for the next view already."""
         if self.abort(view.epoch):
-            self._signals.tell([m for m in view.members if m.rank != self._me.rank], AskView(view.epoch))
-            self._knocking = {}
+            self._signals.tell([m for m in view.members if m.rank != self._me.rank], ViewRequest(view.epoch))
+            self._joining = {}
 
-    def knock(self, view: View) -> None:
+    def request_join(self, view: View) -> None:
         """Tell the members of `view` that this process waits to be taken in."""
-        self._signals.tell(view.members, Knock(self._me))
+        self._signals.tell(view.members, JoinRequest(self._me))
 
     def abort(self, epoch: int) -> bool:
         """Abort the groups of `epoch` and ask for the next view, if it is the current one. From any thread.
@@ -101,24 +102,24 @@ class CurrentEpoch:
         return True
 
     def _on(self, kind: type, act: Callable[[Any], object]) -> None:
-        def hear(word: Any) -> None:
-            act(word)
+        def hear(signal: Any) -> None:
+            act(signal)
             self._on_change()
 
         self._signals.on(kind, hear)
 
     def _peer_died(self, rank: int, incarnation: str) -> None:
-        self._membership.gone(rank, incarnation)
+        self._membership.note_death(rank, incarnation)
         view = self.view
         if view.has(rank, incarnation):
             self.abort(view.epoch)
 
-    def _peer_is_silent(self, member: Member) -> None:
-        log.warning("rank %d is silent: asking for a new view", member.rank)
+    def _peer_is_lost(self, member: Member) -> None:
+        log.warning("rank %d is lost, nothing is heard of it: asking for a new view", member.rank)
         if self.view.has(member.rank, member.incarnation):
             self.leave(self.view)
         self._on_change()
 
-    def _let_knock(self, member: Member) -> None:
+    def _let_join(self, member: Member) -> None:
         if not self.view.has(member.rank, member.incarnation):
-            self._knocking[member.rank] = member
+            self._joining[member.rank] = member

@@ -68,10 +68,10 @@ class SeatStart(msgspec.Struct, tag="seat", frozen=True):
     lighthouse: str = ""
     """URL of the lighthouse on this node, for the rank that announces it."""
     signals_port: int = 0
-    """Where to hear the words of members: the same in all lives of a seat, so that whoever was away can still knock
-    when nobody whom it knew is left."""
+    """Where to hear the signals of members: the same in all lives of a seat, so that a rank that was lost can still ask
+    to join when all whom it knew have died."""
     rejoin: View | None = None
-    """The last view known, for a process that takes the seat of a dead one; None at the first start."""
+    """The last view known, for a process that takes the seat of one that died; None at the first start."""
 
 
 def host_of(launch: Launch) -> str:

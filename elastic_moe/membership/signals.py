@@ -1,10 +1,10 @@
-"""Words between the members of a group, beside the collectives: somebody died, leave the epoch, take me in.
+"""Signals between the members of a group, beside the collectives: somebody died, leave the epoch, take me in.
 
-Each process binds one ROUTER socket, served by a thread; whoever has a word for it connects a DEALER. msgspec structs
-in MessagePack, never pickle. A word only asks for a view; nobody acts on it alone.
+Each process binds one ROUTER socket, served by a thread; whoever has a signal for it connects a DEALER. msgspec structs
+in MessagePack, never pickle. A signal only asks for a view; nobody acts on it alone.
 
-Neighbours in the view's ring also tell each other twice a second that they live: a connection that falls silent
-without an error (a host without power, a stopped process) is noticed by that.
+Neighbours in the view's ring also tell each other twice a second that they live: a member that is lost without an error
+of its connection (a host without power, a stopped process) is noticed by that.
 """
 
 import logging
@@ -17,29 +17,29 @@ import msgspec
 import zmq
 
 from elastic_moe.background import OnError, end_process, start_thread
+from elastic_moe.deadlines import Deadlines
 from elastic_moe.group.view import Member, View
 
 log = logging.getLogger(__name__)
 
-PING_S = 0.5
 LINGER_MS = 500
-"""How long a word to a member that has been left behind may still take to go out."""
+"""How long a signal to a process that is no member any more may still take to go out."""
 
 
 class PeerDied(msgspec.Struct, tag="peer_died", frozen=True):
-    """Supervisor -> all members: this process has ended."""
+    """Supervisor -> all members: this process has died."""
 
     rank: int
     incarnation: str
 
 
-class AskView(msgspec.Struct, tag="ask_view", frozen=True):
+class ViewRequest(msgspec.Struct, tag="view_request", frozen=True):
     """Member -> members: the groups of `epoch` are broken; leave them and ask for the next view."""
 
     epoch: int
 
 
-class Knock(msgspec.Struct, tag="knock", frozen=True):
+class JoinRequest(msgspec.Struct, tag="join_request", frozen=True):
     """A process that is ready to be a member -> members: take me in at the next step you agree on."""
 
     member: Member
@@ -58,21 +58,21 @@ class Alive(msgspec.Struct, tag="alive", frozen=True):
     incarnation: str
 
 
-Word = PeerDied | AskView | Knock | Wake | Alive
+Signal = PeerDied | ViewRequest | JoinRequest | Wake | Alive
 
 encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(Word).decode
+_decode = msgspec.msgpack.Decoder(Signal).decode
 
 
-class Mouth:
-    """Sends words to addresses. From any thread; never waits for anybody."""
+class SignalSender:
+    """Sends signals to addresses. From any thread; never waits for anybody."""
 
     def __init__(self) -> None:
         self._context = zmq.Context.instance()
         self._lock = threading.Lock()
         self._sockets: dict[str, zmq.Socket] = {}
 
-    def know(self, addresses: Iterable[str]) -> None:
+    def connect(self, addresses: Iterable[str]) -> None:
         """Be connected to these, ahead of need, and to no others."""
         wanted = set(addresses)
         with self._lock:
@@ -81,28 +81,28 @@ class Mouth:
             for address in wanted:
                 self._socket(address)
 
-    def tell(self, addresses: Iterable[str], word: Word) -> None:
-        """Send one word to each address."""
-        frame = encode(word)
+    def tell(self, addresses: Iterable[str], signal: Signal) -> None:
+        """Send one signal to each address."""
+        frame = encode(signal)
         with self._lock:
             for address in addresses:
                 self._socket(address).send(frame)
 
     def close(self) -> None:
-        """Close all; words on their way have `LINGER_MS` to go out."""
-        self.know([])
+        """Close all; signals on their way have `LINGER_MS` to go out."""
+        self.connect([])
 
     def _socket(self, address: str) -> zmq.Socket:
         if address not in self._sockets:
             socket = self._sockets[address] = self._context.socket(zmq.DEALER)
             socket.setsockopt(zmq.LINGER, LINGER_MS)
-            socket.setsockopt(zmq.SNDHWM, 0)  # a dead peer must not block anybody; it is forgotten with its view
+            socket.setsockopt(zmq.SNDHWM, 0)  # a peer that died must not block anybody; it is forgotten with its view
             socket.connect(address)
         return self._sockets[address]
 
 
 class Signals:
-    """This process's ear and mouth."""
+    """This process's signals, in and out."""
 
     def __init__(self, host: str, port: int = 0) -> None:
         """Bind `port` on `host`, or a free one if that is 0 or taken; nothing is heard before `start`."""
@@ -110,44 +110,42 @@ class Signals:
         try:
             self._router.bind(f"tcp://{host}:{port}")
         except zmq.ZMQError as error:
-            log.warning(
-                "port %d is taken (%s): whoever was away when this process came back may not find it", port, error
-            )
+            log.warning("port %d is taken (%s): a rank that is lost now may not find this process later", port, error)
             self._router.bind(f"tcp://{host}:0")
         self.address = str(self._router.getsockopt_string(zmq.LAST_ENDPOINT))
-        self._mouth = Mouth()
+        self._sender = SignalSender()
         self._handlers: dict[type, Callable[[Any], None]] = {}
         self._lock = threading.Lock()
         self._neighbours: dict[str, Member] = {}
         self._heard: dict[str, float] = {}
-        self._silence_s = float("inf")
-        self._on_silence: Callable[[Member], None] = lambda _member: None
+        self._ping_s = self._lost_after_s = float("inf")
+        self._on_lost: Callable[[Member], None] = lambda _member: None
         self._closed = threading.Event()
 
-    def on(self, kind: type[Word], handler: Callable[[Any], None]) -> None:
-        """Call `handler(word)`, in the signals' thread, for each word of a kind. Words without one are dropped."""
+    def on(self, kind: type[Signal], handler: Callable[[Any], None]) -> None:
+        """Call `handler(signal)`, in the listening thread, for each signal of a kind; those without one are dropped."""
         self._handlers[kind] = handler
 
     def start(
         self,
         incarnation: str,
-        silence_s: float,
-        on_silence: Callable[[Member], None],
+        deadlines: Deadlines,
+        on_lost: Callable[[Member], None],
         on_error: OnError = end_process,
     ) -> None:
-        """Listen; call `on_silence(member)` when a neighbour has said nothing for `silence_s` seconds, and `on_error`
-        if a handler raises, after which nothing is heard any more."""
-        self._silence_s, self._on_silence = silence_s, on_silence
+        """Listen; call `on_lost(member)` when a neighbour has not been heard of for `ring_s` seconds, and `on_error` if
+        a handler raises, after which nothing is heard any more."""
+        self._ping_s, self._lost_after_s, self._on_lost = deadlines.ping_s, deadlines.ring_s, on_lost
         start_thread("signals", self._serve, Alive(incarnation), on_error=on_error)
 
-    def tell(self, members: Iterable[Member], word: Word) -> None:
-        """Send one word to each member. From any thread."""
-        self._mouth.tell([member.signals for member in members], word)
+    def tell(self, members: Iterable[Member], signal: Signal) -> None:
+        """Send one signal to each member. From any thread."""
+        self._sender.tell([member.signals for member in members], signal)
 
     def watch(self, view: View, rank: int) -> None:
         """From now on `view` counts: forget the other members, and mind the neighbours of `rank` in its ring."""
         others = [m for m in view.members if m.rank != rank]
-        self._mouth.know(m.signals for m in others)
+        self._sender.connect(m.signals for m in others)
         before, behind = [m for m in others if m.rank < rank], [m for m in others if m.rank > rank]
         ring = behind + before
         with self._lock:
@@ -157,17 +155,17 @@ class Signals:
     def close(self) -> None:
         """Say and hear nothing more."""
         self._closed.set()
-        self._mouth.close()
+        self._sender.close()
 
     def _serve(self, alive: Alive) -> None:
         next_ping = 0.0
         while not self._closed.is_set():
-            if self._router.poll(int(PING_S * 1000)):
+            if self._router.poll(int(self._ping_s * 1000)):
                 self._receive(self._router.recv_multipart()[-1])
             else:
-                self._listen_for_silence()  # only when all that came has been heard
+                self._look_for_losses()  # only when all that came has been heard
             if time.monotonic() >= next_ping and not self._closed.is_set():
-                next_ping = time.monotonic() + PING_S
+                next_ping = time.monotonic() + self._ping_s
                 with self._lock:
                     neighbours = list(self._neighbours.values())
                 self.tell(neighbours, alive)
@@ -175,22 +173,22 @@ class Signals:
 
     def _receive(self, frame: bytes) -> None:
         try:
-            word = _decode(frame)
+            signal = _decode(frame)
         except msgspec.MsgspecError:
             return  # not one of ours; a stranger on the port must not harm the rank
-        if isinstance(word, Alive):
+        if isinstance(signal, Alive):
             with self._lock:
-                if word.incarnation in self._heard:
-                    self._heard[word.incarnation] = time.monotonic()
-        elif handler := self._handlers.get(type(word)):
-            handler(word)
+                if signal.incarnation in self._heard:
+                    self._heard[signal.incarnation] = time.monotonic()
+        elif handler := self._handlers.get(type(signal)):
+            handler(signal)
 
-    def _listen_for_silence(self) -> None:
+    def _look_for_losses(self) -> None:
         now = time.monotonic()
         with self._lock:
-            silent = [name for name, heard in self._heard.items() if now - heard > self._silence_s]
-            for name in silent:
+            lost = [name for name, heard in self._heard.items() if now - heard > self._lost_after_s]
+            for name in lost:
                 self._heard[name] = now
-            members = [self._neighbours[name] for name in silent]
+            members = [self._neighbours[name] for name in lost]
         for member in members:
-            self._on_silence(member)
+            self._on_lost(member)

@@ -9,9 +9,10 @@ import torch
 from elastic_moe.config import EplbConfig
 from elastic_moe.control.rebalance import load_balancer
 from elastic_moe.control.rebalancer import Rebalancer
+from elastic_moe.deadlines import Deadlines
 from elastic_moe.exchange.epochs import Exchanges
 from elastic_moe.exchange.interface import TokenExchange
-from elastic_moe.group.groups import EpochGroups
+from elastic_moe.group.epoch_groups import EpochGroups
 from elastic_moe.group.view import View
 from elastic_moe.placement.loads import LoadCounter, read_loads
 from elastic_moe.placement.placement import Placement, fewest_slots, initial_placement
@@ -67,6 +68,7 @@ class ExpertPool:
         staging: Staging,
         eplb: EplbConfig,
         device: torch.device,
+        deadlines: Deadlines,
         *,
         steps: Callable[[], int],
         wake: Callable[[], None],
@@ -80,6 +82,7 @@ class ExpertPool:
             staging: how experts come to where a rebalance swaps them in.
             eplb: how they are balanced.
             device: where experts and tokens live.
+            deadlines: of waits for other ranks.
             steps, wake, committed, on_error: see `Rebalancer`.
         """
         placement = registry.placement
@@ -93,6 +96,7 @@ class ExpertPool:
             self.loads,
             steps,
             staging,
+            deadlines,
             wake=wake,
             committed=committed,
             on_error=on_error,

@@ -13,9 +13,10 @@ from elastic_moe.config import EplbConfig, ExchangeConfig
 from elastic_moe.control.rebalance import load_balancer
 from elastic_moe.control.recovery import Recovery
 from elastic_moe.control.report import Report
+from elastic_moe.deadlines import Deadlines
 from elastic_moe.errors import PeerLost
 from elastic_moe.exchange.epochs import TokenShape, exchanges_of
-from elastic_moe.group.groups import EpochGroups
+from elastic_moe.group.epoch_groups import EpochGroups
 from elastic_moe.group.view import View
 from elastic_moe.membership.current_epoch import CurrentEpoch
 from elastic_moe.membership.launch import Launch, SeatStart, host_of
@@ -57,7 +58,7 @@ class ElasticRuntime:
         device: torch.device,
         *,
         start_timeout_s: float = 120.0,
-        exchange_timeout_s: float = 30.0,
+        exchange_timeout_s: float = 15.0,
         silence_timeout_s: float = 20.0,
         lighthouses: Sequence[str] = (),
         grow_slots: bool = True,
@@ -82,22 +83,23 @@ class ElasticRuntime:
         """Called, in another thread, when the group is about to change: a rank that sleeps outside must come."""
         self._topology = topology
         self._latch = Latch()
-        self._start_timeout_s = start_timeout_s
-        self._exchange_timeout_s = exchange_timeout_s
+        self._deadlines = Deadlines.of(
+            topology.num_ranks, exchange_s=exchange_timeout_s, start_s=start_timeout_s, ring_s=silence_timeout_s
+        )
         self._grow_slots = grow_slots
         self._eplb = eplb or EplbConfig()
         self._exchange_config = exchange or ExchangeConfig()
         symmetric = self._exchange_config.kind == "symmetric"
         self._group_device = torch.device("cpu") if symmetric else device
-        self._membership = Membership(seat.member, lighthouses or view.lighthouses, self.fail)
+        self._membership = Membership(seat.member, lighthouses or view.lighthouses, self._deadlines, self.fail)
         self._epoch = CurrentEpoch(seat.member, view, seat.signals, self._membership, lambda: self.on_change())
         self._exchanges = exchanges_of(exchange, seat.member, topology.num_ranks, device, exchange_timeout_s)
         self._pool: ExpertPool | None = None
         self._weight_server: WeightServer | None = None
         self._supervised: Supervised | None = None
-        self._epoch.listen(silence_timeout_s, self.fail)
+        self._epoch.listen(self._deadlines, self.fail)
         if view.has(self.rank, seat.member.incarnation):
-            self._epoch.enter(view, EpochGroups(view, self.rank, self._group_device, exchange_timeout_s).build())
+            self._epoch.enter(view, EpochGroups(view, self.rank, self._group_device, self._deadlines).build())
             self._membership.start()
 
     @classmethod
@@ -134,7 +136,7 @@ class ElasticRuntime:
         if supervised:
             runtime._supervised = supervised
             runtime.on_view.append(supervised.tell_view)
-            supervised.begin(view)
+            supervised.begin(view, runtime._deadlines.beat_s)
         return runtime
 
     @property
@@ -184,13 +186,14 @@ class ElasticRuntime:
         )
         if eplb.mode != "off":
             load_balancer()
-        config, timeout_s = self._exchange_config, self._exchange_timeout_s
+        config, timeout_s = self._exchange_config, self._deadlines.exchange_s
         self._pool = ExpertPool(
             PlacementRegistry(placement, self.rank, self._topology, self.device),
             self._exchanges,
             open_staging(config, eplb, me, self._topology, self.device, timeout_s),
             eplb,
             self.device,
+            self._deadlines,
             steps=lambda: self.steps,
             wake=lambda: self.on_change(),
             committed=self._hooks.call_placement_changed,
@@ -217,7 +220,7 @@ class ElasticRuntime:
         self.pool.hold(store, disk)
         store.record_digests()
         if self._epoch.is_entered:
-            with self.groups.control.patient(self._start_timeout_s):  # for those that load slowly
+            with self.groups.control.patient(self._deadlines.start_s):  # for those that load slowly
                 store.digests = self.groups.control.all_reduce_max_array(store.digests)
             self.pool.balance(self.view, self.groups, changed=False)
         if self._weight_server is not None and dense is not None:
@@ -227,7 +230,7 @@ class ElasticRuntime:
         """Where a newcomer takes its weights from, before the disk; None for a process that is a member."""
         if self._epoch.is_entered:
             return None
-        return Peers([m for m in self.view.members if m.rank != self.rank], self.seat.member.node)
+        return Peers([m for m in self.view.members if m.rank != self.rank], self.seat.member.node, self._deadlines)
 
     def agree(self, *flags: int) -> list[int]:
         """The largest value of each flag over all ranks. Collective; every rank gives as many flags.
@@ -240,7 +243,7 @@ class ElasticRuntime:
         self.handshakes += 1
         if self._pool is not None:
             self._pool.balancer.enter_step(self.handshakes)
-        *agreed, joining = self.groups.control.all_reduce_max([*flags, int(self._epoch.somebody_knocks)])
+        *agreed, joining = self.groups.control.all_reduce_max([*flags, int(self._epoch.somebody_joins)])
         if joining:
             raise PeerLost("a process joins")
         return agreed
@@ -312,7 +315,7 @@ class ElasticRuntime:
     @property
     def change_is_wanted(self) -> bool:
         """Whether the epoch is over, or a process waits to be taken in."""
-        return self._epoch.is_left or self._epoch.somebody_knocks
+        return self._epoch.is_left or self._epoch.somebody_joins
 
     def recover(self, reason: str) -> Report:
         """Leave the current epoch and come back in the next: view, groups, repair, vote, commit. Collective in effect.
@@ -335,7 +338,7 @@ class ElasticRuntime:
             pool.store,
             pool.disk,
             self._group_device,
-            exchange_timeout_s=self._exchange_timeout_s,
+            deadlines=self._deadlines,
             grow_slots=self._grow_slots,
         )
         newcomer = not self._epoch.is_entered

@@ -9,7 +9,7 @@ from elastic_moe.group.view import View
 from elastic_moe.membership.launch import Launch, SeatStart
 from elastic_moe.serving.starts import EngineStart, FrontEndStart
 from elastic_moe.supervision.channel import Ready, ViewChanged
-from elastic_moe.supervision.rank_supervisor import SEAT, Limits, RankSupervisor
+from elastic_moe.supervision.rank_supervisor import SEAT, RankSupervisor
 from elastic_moe.supervision.supervisor import Child, Event, complain
 
 FRONT_END = "front end"
@@ -24,8 +24,9 @@ class ServeSupervisor(RankSupervisor):
         """`listener` is the node's HTTP socket, on its first rank: it outlives every front end. `attempt` is a folder
         that the ranks of this node share for this start; see `complain`."""
         elastic = config.elastic
-        limits = Limits(elastic.hang_timeout_s, elastic.max_quick_deaths)
-        super().__init__(launch, limits, keeps_lighthouse=listener is not None and not elastic.lighthouse)
+        deadlines = elastic.deadlines(launch.world_size)
+        keeps_lighthouse = listener is not None and not elastic.lighthouse
+        super().__init__(launch, deadlines, elastic.max_quick_deaths, keeps_lighthouse=keeps_lighthouse)
         self._config = config
         self._listener = listener
         self._attempt = attempt
@@ -61,9 +62,9 @@ class ServeSupervisor(RankSupervisor):
             sys.stdout.write(f"elastic_moe: node {self._launch.node} serves {name} at {url}\n")
             sys.stdout.flush()
 
-    def on_end(self, event: Event) -> None:
+    def on_service_exit(self, event: Event) -> None:
         """See the base."""
-        super().on_end(event)
+        super().on_service_exit(event)
         if event.child == FRONT_END and self._listener is not None:
             self._start_front_end(self._listener)
 

@@ -12,9 +12,9 @@ from elastic_moe.group.view import View
 
 
 class Beat(msgspec.Struct, tag="beat", frozen=True):
-    """Engine -> supervisor, about twice a second: alive. `progress` rises with every bit of work done.
+    """Child -> supervisor, about twice a second: it lives. `progress` rises with every bit of work done.
 
-    `working` is False while the engine legitimately waits: asleep, or for a peer inside a call with a deadline.
+    `working` is False while the child legitimately waits: asleep, or for a peer inside a call with a deadline.
     """
 
     progress: int
@@ -22,13 +22,13 @@ class Beat(msgspec.Struct, tag="beat", frozen=True):
 
 
 class ViewChanged(msgspec.Struct, tag="view", frozen=True):
-    """Engine -> supervisor -> front end: the members of the group, with their addresses."""
+    """Child -> supervisor, and on to whoever wants to know: the members of the group, with their addresses."""
 
     view: View
 
 
 class Ready(msgspec.Struct, tag="ready", frozen=True):
-    """Child -> supervisor: at work. `detail` is for people (the front end's URL)."""
+    """Child -> supervisor: at work. `detail` is for people (a URL)."""
 
     detail: str = ""
 
@@ -39,7 +39,11 @@ class Refused(msgspec.Struct, tag="refused", frozen=True):
     reason: str
 
 
-ToSupervisor = Ready | Refused | ViewChanged | Beat
+class Done(msgspec.Struct, tag="done", frozen=True):
+    """Child -> supervisor: all its work is done; however it ends from now on, it is not started again."""
+
+
+ToSupervisor = Ready | Refused | ViewChanged | Beat | Done
 
 
 class Channel:
@@ -58,7 +62,7 @@ class Channel:
         return cls(socket.socket(fileno=fd), incoming)
 
     def send(self, message: msgspec.Struct) -> bool:
-        """Send one message. False when the other side is gone (its death is reported by `receive`, not here)."""
+        """Send one message. False when the other side has died (`receive` tells of that, not this)."""
         with self._lock:
             try:
                 self._sock.sendall(msgspec.json.encode(message) + b"\n")

@@ -13,9 +13,9 @@ _EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 def lasting_port(host: str) -> int:
     """A port that is free on `host` now, and that no outgoing connection is ever given.
 
-    While its process is dead, others go on connecting to it. Were it one of those that the kernel deals to outgoing
+    Others go on connecting to it when its process has died. Were it one of those that the kernel deals to outgoing
     connections, any process could be given it meanwhile, or a connection to it could even become one with itself; the
-    next life could not bind it, and would not be found by whoever was away.
+    next life could not bind it, and would not be found by a rank that was lost meanwhile.
     """
     low, high = (int(word) for word in _EPHEMERAL.read_text().split())
     lasting = [*range(FIRST, low), *range(high + 1, 2**16)]

@@ -6,9 +6,7 @@ import time
 from elastic_moe.background import end_process, start_thread
 from elastic_moe.group.view import View
 from elastic_moe.membership.launch import Launch, SeatStart
-from elastic_moe.supervision.channel import Beat, Channel, Ready, ViewChanged
-
-BEAT_S = 0.5
+from elastic_moe.supervision.channel import Beat, Channel, Done, ViewChanged
 
 
 class Supervised:
@@ -27,7 +25,7 @@ class Supervised:
         channel = Channel.of_child(launch.supervisor_fd, SeatStart)
         start = channel.receive()
         if not isinstance(start, SeatStart):
-            raise SystemExit(1)  # the supervisor is gone
+            raise SystemExit(1)  # the supervisor has died
         return cls(channel, start)
 
     def tell_view(self, view: View) -> None:
@@ -36,25 +34,26 @@ class Supervised:
 
     def tell_done(self) -> None:
         """This rank has done all its work: however the process ends from now on, it is not started again."""
-        self._channel.send(Ready("done"))
+        self._channel.send(Done())
 
-    def begin(self, view: View) -> None:
-        """Die with the supervisor from now on, and let it see that this process lives, in `view` if it is a member.
+    def begin(self, view: View, beat_s: float) -> None:
+        """Die with the supervisor from now on, and let it see every `beat_s` seconds that this process lives, in `view`
+        if it is a member.
 
-        What a script does between its steps is its own business, so it is watched for silence only, not for progress.
+        What a script does between its steps is its own business, so it is watched for its beats only, not for progress.
         """
         if self.start.rejoin is None:
             self.tell_view(view)
         start_thread("supervisor", die_with_supervisor, self._channel, on_error=end_process)
-        start_thread("beat", self._beat, on_error=end_process)
+        start_thread("beat", self._beat, beat_s, on_error=end_process)
 
-    def _beat(self) -> None:
+    def _beat(self, beat_s: float) -> None:
         while self._channel.send(Beat(0, working=False)):
-            time.sleep(BEAT_S)
+            time.sleep(beat_s)
 
 
 def die_with_supervisor(channel: Channel) -> None:
-    """Wait for the supervisor's end, and end."""
+    """Wait for the supervisor's death, and exit."""
     while channel.receive() is not None:
         pass
     os._exit(0)

@@ -5,6 +5,7 @@ It is small and loads no torch. Here are its parts: a child with a channel, and 
 
 import contextlib
 import ctypes
+import enum
 import os
 import queue
 import signal
@@ -25,17 +26,27 @@ _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
 
 
+class EventKind(enum.StrEnum):
+    """What a supervisor acts on."""
+
+    SIGNAL = "signal"
+    """A signal to the supervisor itself, number `code`."""
+    MESSAGE = "message"
+    """`message` of a child."""
+    DYING = "dying"
+    """The kernel has closed a child's channel, so it runs no more; but it may take a while to take it down (0.1 to
+    0.2 s for one with memory on a GPU)."""
+    EXIT = "exit"
+    """A child has exited with `code`, or died of signal `-code`."""
+
+
 class Event(NamedTuple):
-    """Something a supervisor acts on: a message of a child, a child's end (`code`), or a signal (`child` empty).
+    """Something a supervisor acts on; `child` is the name of the child that it comes from."""
 
-    Before its end a child is `dying`: the kernel has closed its channel, so it runs no more, but it may take a while to
-    take it down (0.1 to 0.2 s for one with memory on a GPU).
-    """
-
-    child: str
+    kind: EventKind
+    child: str = ""
     message: object | None = None
-    code: int | None = None
-    dying: bool = False
+    code: int = 0
 
 
 class Child:
@@ -76,17 +87,17 @@ class Child:
 
     def _watch(self, events: "queue.SimpleQueue[Event]") -> None:
         while (message := self.channel.receive()) is not None:
-            events.put(Event(self.name, message=message))
-        self._tell_end(events)
+            events.put(Event(EventKind.MESSAGE, self.name, message))
+        self._tell_death(events)
 
-    def _tell_end(self, events: "queue.SimpleQueue[Event]") -> None:
-        events.put(Event(self.name, dying=True))
-        events.put(Event(self.name, code=self._process.wait()))
+    def _tell_death(self, events: "queue.SimpleQueue[Event]") -> None:
+        events.put(Event(EventKind.DYING, self.name))
+        events.put(Event(EventKind.EXIT, self.name, code=self._process.wait()))
 
     def _give_up(self, events: "queue.SimpleQueue[Event]") -> None:
-        """It says what nobody understands: end it, or nobody would hear of its end."""
+        """It says what nobody understands: kill it, or nobody would hear of its death."""
         self.kill()
-        self._tell_end(events)
+        self._tell_death(events)
 
     @property
     def pid(self) -> int:
@@ -120,7 +131,7 @@ class Supervisor:
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self.children: dict[str, Child] = {}
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, lambda got, _frame: self.events.put(Event("", code=got)))
+            signal.signal(number, lambda got, _frame: self.events.put(Event(EventKind.SIGNAL, code=got)))
 
     def start(self, name: str, command: Sequence[str], pass_fds: Sequence[int] = (), fd_variable: str = "") -> Child:
         """Start a child, or start it again; see `Child`."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from elastic_moe.group.groups import Group
+from elastic_moe.group.process_group import Group
 from elastic_moe.placement.transfers import Move, TransferPlan
 
 Tensors = Callable[[Move], Sequence[torch.Tensor]]

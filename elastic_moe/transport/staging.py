@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from elastic_moe.config import EplbConfig, ExchangeConfig
-from elastic_moe.group.groups import Group
+from elastic_moe.group.process_group import Group
 from elastic_moe.group.view import Member, View
 from elastic_moe.placement.topology import Topology
 from elastic_moe.placement.transfers import Move, TransferPlan

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from elastic_moe.errors import CheckpointError
-from elastic_moe.group.groups import EpochGroups
+from elastic_moe.group.epoch_groups import EpochGroups
 from elastic_moe.weights.sources import Asked, Came, Landing, Missed, Origin, Source, Until, Want
 from elastic_moe.weights.store import ExpertStore
 

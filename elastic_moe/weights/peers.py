@@ -14,15 +14,11 @@ import torch
 import zmq
 
 from elastic_moe.background import OnError, end_process, start_thread
+from elastic_moe.deadlines import Deadlines
 from elastic_moe.group.view import Member
 from elastic_moe.weights.digest import digest
 from elastic_moe.weights.sources import Came, Landing, Missed, Origin, Source, Until, Want
 from elastic_moe.weights.store import ExpertStore
-
-TIMEOUT_MS = 5000
-"""How long a peer may take for one answer."""
-GREET_MS = 200
-"""How long others may take to answer a newcomer's greeting once the first has: who does not is taken for dead."""
 
 POLL_MS = 500
 
@@ -112,8 +108,9 @@ class Peers(Source):
 
     nearest = Origin.NODE
 
-    def __init__(self, members: Iterable[Member], node: int) -> None:
+    def __init__(self, members: Iterable[Member], node: int, deadlines: Deadlines) -> None:
         """Greet all `members`, and go on with those that answer; `node` is the newcomer's."""
+        self._answer_s = deadlines.weights_s
         self.dense_bytes = 0
         """Bytes of dense tensors received and accepted."""
         poller, origins = zmq.Poller(), {}
@@ -125,7 +122,10 @@ class Peers(Source):
             poller.register(socket, zmq.POLLIN)
             origins[socket] = Origin.NODE if member.node == node else Origin.REMOTE
         self._origins: dict[zmq.Socket, Origin] = {}
-        while len(self._origins) < len(origins) and (ready := poller.poll(GREET_MS if self._origins else TIMEOUT_MS)):
+        while len(self._origins) < len(origins):
+            ready = poller.poll(1000 * (deadlines.greeting_s if self._origins else deadlines.weights_s))
+            if not ready:
+                break
             for socket, _ in ready:
                 socket.recv_multipart()
                 poller.unregister(socket)
@@ -162,7 +162,7 @@ class Peers(Source):
         wanted = ([str(t.dtype) for t in out], [list(t.shape) for t in out])
         for socket, origin in list(self._origins.items()):
             socket.send(_encode(request))
-            if not socket.poll(int(min(TIMEOUT_MS, until.left_s * 1000))):
+            if not socket.poll(int(1000 * min(self._answer_s, until.left_s))):
                 socket.close()
                 del self._origins[socket]
                 continue

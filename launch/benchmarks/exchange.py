@@ -25,11 +25,12 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # ranks that are str
 
 import torch
 
+from elastic_moe.deadlines import Deadlines
 from elastic_moe.exchange.collective import CollectiveExchange
 from elastic_moe.exchange.interface import TokenExchange
 from elastic_moe.exchange.layout import ExchangeLayout
+from elastic_moe.group.epoch_groups import EpochGroups
 from elastic_moe.group.epoch_store import EpochStore, StoreServer
-from elastic_moe.group.groups import EpochGroups
 from elastic_moe.group.view import Member, View
 
 TIMEOUT_S = 10.0
@@ -272,7 +273,8 @@ def _rank(rank: int, store: str, shapes: list[Shape], own_gpus: bool, pipe: Conn
     _meet(EpochStore(store, 60.0), rank, shapes[0].ranks)
     name = store.replace(":", "-")
     view = view_of(shapes[0].ranks, store, name)
-    groups = EpochGroups(view, rank, device if own_gpus else torch.device("cpu"), 120.0).build()
+    deadlines = Deadlines.of(len(view.members), exchange_s=120.0)
+    groups = EpochGroups(view, rank, device if own_gpus else torch.device("cpu"), deadlines).build()
     results = []
     for number, shape in enumerate(shapes):
         figures: dict[str, Any] = {"collective": "nccl" if own_gpus else "gloo", "collective_us": 0.0}

@@ -9,10 +9,11 @@ import pytest
 import torch
 from support.harness import run_ranks
 
+from elastic_moe.deadlines import Deadlines
 from elastic_moe.errors import PeerLost
 from elastic_moe.exchange.collective import CollectiveExchange
 from elastic_moe.membership.launch import SeatStart
-from elastic_moe.group.groups import EpochGroups
+from elastic_moe.group.epoch_groups import EpochGroups
 from elastic_moe.membership.launch import Launch
 from elastic_moe.membership.rendezvous import Seat, meet
 from elastic_moe.group.view import Member, View
@@ -23,7 +24,7 @@ HIDDEN = 5
 def build(launch, timeout_s=20.0):
     seat = Seat(SeatStart(launch))
     view = meet(launch, seat.member, 30)
-    return seat, view, EpochGroups(view, launch.rank, torch.device("cpu"), timeout_s).build()
+    return seat, view, EpochGroups(view, launch.rank, torch.device("cpu"), Deadlines.of(launch.world_size, exchange_s=timeout_s)).build()
 
 
 def routes(rank, num_tokens, num_slots, top_k, ranks):
@@ -68,7 +69,7 @@ def with_a_hole(launch):
         for m, rank in zip(view.members, (0, 2, 5), strict=True)
     )
     view, rank = View(2, members), (0, 2, 5)[launch.rank]
-    groups = EpochGroups(view, rank, torch.device("cpu"), 20).build()
+    groups = EpochGroups(view, rank, torch.device("cpu"), Deadlines()).build()
     exchange = CollectiveExchange(groups.data, view.ranks, 2)
     hidden, slots = routes(rank, 6, 2, 2, view.ranks)
     sent = exchange.dispatch(hidden, slots)
@@ -158,7 +159,7 @@ def build_without_one(launch):
     seat = Seat(SeatStart(launch))
     absent = Member(2, 0, "absent", 0, "127.0.0.1", "", "127.0.0.1:1")
     both = meet(Launch(launch.rank, 2, launch.rank, 2, 0, launch.store), seat.member, 10)
-    groups = EpochGroups(View(2, (*both.members, absent)), launch.rank, torch.device("cpu"), 60.0)
+    groups = EpochGroups(View(2, (*both.members, absent)), launch.rank, torch.device("cpu"), Deadlines())
     threading.Timer(0.3, groups.abort).start()
     begin = time.monotonic()
     with pytest.raises(PeerLost, match="left while they were built"):

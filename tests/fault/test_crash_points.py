@@ -9,7 +9,7 @@ import torch
 from support.elastic_harness import BUG, STEPS, WORLD, Death, make_checkpoint, run_cluster, wanted
 
 from elastic_moe.control.rebalance import load_balancer
-from elastic_moe.group.groups import BURY_S
+from elastic_moe.group.process_group import BURY_S
 
 FIRST = Death(3, "combine", nth=5)
 """The loss in whose recovery others die. Rank 0 then leads (its store is used), and each of 0 to 2 is a source or a

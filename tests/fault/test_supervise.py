@@ -29,7 +29,7 @@ def test_the_example_survives_a_kill(tmp_path: Path):
     assert [s["document"] for s in scores(tmp_path / "stormy")] == list(range(12))
     for one, other in zip(scores(tmp_path / "calm"), scores(tmp_path / "stormy"), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], abs=2e-5)
-    assert "rank 1: the process ended with code -9; respawn" in stormy.stderr
+    assert "rank 1: the process died with code -9; respawn" in stormy.stderr
     for line in ("rank 0: lost rank 1", "rank 2: lost rank 1", "rank 0: rank 1 joined", "rank 2: rank 1 joined"):
         assert line in stormy.stdout
     assert stormy.stdout.splitlines()[-1] == calm.stdout.splitlines()[-1]

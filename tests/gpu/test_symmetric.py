@@ -15,8 +15,9 @@ triton = pytest.importorskip("triton")
 from support.harness import run_ranks  # noqa: E402
 from symmetric_ranks import Seat  # noqa: E402
 
+from elastic_moe.deadlines import Deadlines  # noqa: E402
 from elastic_moe.exchange.collective import CollectiveExchange  # noqa: E402
-from elastic_moe.group.groups import EpochGroups  # noqa: E402
+from elastic_moe.group.epoch_groups import EpochGroups  # noqa: E402
 from elastic_moe.memory.peer_memory import PeerMemory  # noqa: E402
 from elastic_moe.transport.symmetric import PeerStaging  # noqa: E402
 
@@ -42,7 +43,7 @@ def round_trips(launch, top_k, hidden_size):
     ranks = tuple(range(launch.world_size))
     seat = Seat(launch, launch.rank, tokens=MAX_TOKENS, top_k=top_k, hidden=hidden_size)
     view = seat.enter(1, ranks)
-    groups = EpochGroups(view, seat.rank, torch.device("cpu"), 60.0).build()
+    groups = EpochGroups(view, seat.rank, torch.device("cpu"), Deadlines.of(len(view.members), exchange_s=60.0)).build()
     gloo = CollectiveExchange(groups.data, view.ranks, seat.slots)
     for turn, case in enumerate(CASES * 2):
         options = {"skew": case.get("skew", ""), "none": case.get("none", 0.0)}

@@ -28,19 +28,22 @@ from elastic_moe.config import EplbConfig
 from elastic_moe.control import recovery
 from elastic_moe.control.rebalance import Round
 from elastic_moe.control.recovery import Phase, Recovery
+from elastic_moe.deadlines import Deadlines
 from elastic_moe.exchange.collective import CollectiveExchange
 from elastic_moe.experts.slots import SlotExperts
-from elastic_moe.group.groups import EpochGroups, Group
+from elastic_moe.group.epoch_groups import EpochGroups
+from elastic_moe.group.process_group import Group
 from elastic_moe.group.step_barrier import StepBarrier
 from elastic_moe.group.view import View
 from elastic_moe.integrations import transformers as integration
 from elastic_moe.integrations.transformers import elasticize, meta_model
 from elastic_moe.membership.launch import Launch, SeatStart
-from elastic_moe.membership.quorum import HEARTBEAT_TIMEOUT_MS, JOIN_TIMEOUT_MS, TICK_MS, Membership
-from elastic_moe.membership.signals import Mouth, PeerDied
+from elastic_moe.membership.quorum import Membership
+from elastic_moe.membership.signals import PeerDied, SignalSender
 from elastic_moe.placement.placement import EMPTY
 from elastic_moe.placement.registry import PlacementRegistry
 from elastic_moe.runtime import ElasticRuntime
+from elastic_moe.supervision.lighthouse import TICK_MS
 from elastic_moe.supervision.ports import lasting_port
 from elastic_moe.weights import peers
 from elastic_moe.weights.checkpoint import CheckpointReader
@@ -52,7 +55,7 @@ from support.harness import PRELOAD
 STEPS = 5
 RESPAWN_S = 0.75
 """From a death to the next life: survivors recover first, as with a real supervisor. At the start of a launch they wait
-`quorum.SETTLE_S` before they ask."""
+`Deadlines.settle_s` before they ask."""
 WORLD = 4
 DEADLINE_S = 60.0
 STEPS_OF_A_ROUND = 100
@@ -227,12 +230,13 @@ def run_cluster(
     Between the steps the load balancer ends `rounds` rounds, under forwards whose results nobody keeps. `work` is what
     a rank does instead of `_work`, with the same arguments and the same files in the end.
     """
+    deadlines = Deadlines.of(WORLD)
     lighthouse = LighthouseServer(
         bind="127.0.0.1:0",
         min_replicas=1,
-        join_timeout_ms=JOIN_TIMEOUT_MS,
+        join_timeout_ms=int(deadlines.lighthouse_wait_s * 1000),
         quorum_tick_ms=TICK_MS,
-        heartbeat_timeout_ms=HEARTBEAT_TIMEOUT_MS,
+        heartbeat_timeout_ms=int(deadlines.heartbeat_timeout_s * 1000),
     )
     url = f"http://127.0.0.1:{lighthouse.address().rsplit(':', 1)[1]}"
     try:
@@ -257,7 +261,7 @@ class _Seats:
         self._ports = [lasting_port("127.0.0.1") for _ in range(WORLD)]
         self._lives = [0] * WORLD
         self._processes = [self._start(rank, None) for rank in range(WORLD)]
-        self._mouth = Mouth()
+        self._sender = SignalSender()
 
     def run(self, deadline_s: float) -> tuple[dict[tuple[int, int], torch.Tensor], list[dict[str, Any]]]:
         deadline, over = time.monotonic() + deadline_s, set()
@@ -280,7 +284,7 @@ class _Seats:
                 os.kill(process.pid or 0, signal.SIGUSR1)
                 process.join(1.0)
                 process.kill()
-        self._mouth.close()
+        self._sender.close()
         if codes != [0] * WORLD:
             logs = "\n".join(f"--- rank {r}:\n{(self._folder / f'log-{r}').read_text()[-5000:]}" for r in range(WORLD))
             raise AssertionError(f"ranks ended with {codes} after lives {self._lives}\n{logs}")
@@ -312,7 +316,7 @@ class _Seats:
         for known in views:  # a process that died before it told its view is in somebody's
             for dead in [m for m in known.members if m.rank == rank]:
                 others = [m.signals for m in views[-1].members if m.rank != rank]
-                self._mouth.tell(others, PeerDied(dead.rank, dead.incarnation))
+                self._sender.tell(others, PeerDied(dead.rank, dead.incarnation))
 
     def _replace(self, rank: int) -> None:
         self._lives[rank] += 1

@@ -13,20 +13,22 @@ import zmq
 from test_peers import DENSE, make_store
 
 from elastic_moe.background import Latch, start_thread
+from elastic_moe.deadlines import Deadlines
 from elastic_moe.errors import PeerLost
-from elastic_moe.group.groups import EpochGroups
+from elastic_moe.group.epoch_groups import EpochGroups
 from elastic_moe.group.view import Member, View
 from elastic_moe.membership import quorum
 from elastic_moe.membership.current_epoch import CurrentEpoch
 from elastic_moe.membership.quorum import Membership
-from elastic_moe.membership.signals import AskView, Mouth, Signals
+from elastic_moe.membership.signals import Signals, SignalSender, ViewRequest
 from elastic_moe.serving.engine.mailbox import Mailbox
 from elastic_moe.serving.protocol import Hello, encode
 from elastic_moe.supervision.channel import Beat, channel_pair
-from elastic_moe.supervision.supervisor import Event, Supervisor
+from elastic_moe.supervision.supervisor import Event, EventKind, Supervisor
 from elastic_moe.weights.peers import WeightRequest, WeightServer
 
 WAIT_S = 10.0
+DEADLINES = Deadlines()
 ME = Member(0, 0, "me", 1, "127.0.0.1", "tcp://127.0.0.1:1", "127.0.0.1:1")
 PEER = Member(1, 0, "peer", 2, "127.0.0.1", "tcp://127.0.0.1:2", "127.0.0.1:2")
 
@@ -75,12 +77,12 @@ def test_a_process_in_which_nobody_waits_ends():
 
 def test_signals(errors):
     signals = Signals("127.0.0.1")
-    signals.on(AskView, break_down)
-    signals.start("me", 60.0, break_down, errors.put)
-    mouth = Mouth()
-    mouth.tell([signals.address], AskView(1))
+    signals.on(ViewRequest, break_down)
+    signals.start("me", DEADLINES, break_down, errors.put)
+    sender = SignalSender()
+    sender.tell([signals.address], ViewRequest(1))
     assert isinstance(errors.get(timeout=WAIT_S), Bug)
-    mouth.close()
+    sender.close()
 
 
 def test_weights(errors):
@@ -107,7 +109,7 @@ def test_the_mailbox(errors):
 
 def test_heartbeats(errors, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(quorum, "LighthouseClient", break_down)
-    membership = Membership(ME, ["http://127.0.0.1:1"], errors.put)
+    membership = Membership(ME, ["http://127.0.0.1:1"], DEADLINES, errors.put)
     membership.start()
     assert isinstance(errors.get(timeout=WAIT_S), Bug)
     membership.close()
@@ -115,12 +117,12 @@ def test_heartbeats(errors, monkeypatch: pytest.MonkeyPatch):
 
 def test_whoever_waits_for_a_view_gets_what_its_thread_raised(errors, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Membership, "_call", break_down)
-    membership = Membership(ME, [], errors.put)
+    membership = Membership(ME, [], DEADLINES, errors.put)
     view = View(1, (ME, PEER))
     with pytest.raises(Bug):
-        membership.next_view(view, knock=lambda _view: None, deadline_s=WAIT_S)
-    membership.gone(1, "peer")
-    membership.request_view(1)  # and so somebody speaks for the dead
+        membership.next_view(view, request_join=lambda _view: None, deadline_s=WAIT_S)
+    membership.note_death(1, "peer")
+    membership.request_view(1)  # and so somebody votes for the one that died
     assert isinstance(errors.get(timeout=WAIT_S), Bug)
 
 
@@ -142,15 +144,15 @@ def test_a_malformed_answer_of_a_lighthouse_is_no_view(errors, monkeypatch: pyte
             pass
 
     monkeypatch.setattr(quorum, "LighthouseClient", Client)
-    membership = Membership(ME, ["http://127.0.0.1:1"], errors.put)
+    membership = Membership(ME, ["http://127.0.0.1:1"], DEADLINES, errors.put)
     with pytest.raises(PeerLost, match="no view after epoch 1 within"):
-        membership.next_view(View(1, (ME, PEER)), knock=lambda _view: None, deadline_s=0.1)
+        membership.next_view(View(1, (ME, PEER)), request_join=lambda _view: None, deadline_s=0.1)
     membership.close()
     assert errors.empty()
 
 
 def test_whoever_builds_groups_gets_what_the_thread_raised(monkeypatch: pytest.MonkeyPatch):
-    groups = EpochGroups(View(1, (ME, PEER)), 0, torch.device("cpu"), 1.0)
+    groups = EpochGroups(View(1, (ME, PEER)), 0, torch.device("cpu"), DEADLINES)
     monkeypatch.setattr(groups, "_connect", break_down)
     assert groups.waiting
     with pytest.raises(Bug):
@@ -162,8 +164,8 @@ def test_a_child_that_nobody_understands_is_killed(monkeypatch: pytest.MonkeyPat
     supervisor = Supervisor()
     script = "import os, sys, time; os.write(int(sys.argv[-1]), b'not JSON\\n'); time.sleep(60)"
     child = supervisor.start("child", [sys.executable, "-c", script])
-    assert supervisor.next_event(WAIT_S) == Event("child", dying=True)
-    assert supervisor.next_event(WAIT_S) == Event("child", code=-9)
+    assert supervisor.next_event(WAIT_S) == Event(EventKind.DYING, "child")
+    assert supervisor.next_event(WAIT_S) == Event(EventKind.EXIT, "child", code=-9)
     child.end(0)
 
 
@@ -177,10 +179,10 @@ class FakeMembership:
         self.asked.append(after)
         return Future()
 
-    def knows_dead(self, _view: View) -> bool:
+    def knows_a_death(self, _view: View) -> bool:
         return False
 
-    def gone(self, _rank: int, _incarnation: str) -> None:
+    def note_death(self, _rank: int, _incarnation: str) -> None:
         pass
 
 
@@ -191,23 +193,23 @@ class FakeGroups:
         self.aborted = True
 
 
-def test_a_silent_neighbour_wakes_who_sleeps(errors):
-    """The silence is noticed in the signals' thread: the rank leaves, says so to the others, and its sleeper is woken
+def test_a_lost_neighbour_wakes_who_sleeps(errors):
+    """The loss is noticed in the signals' thread: the rank leaves, says so to the others, and its sleeper is woken
     after that, not before."""
     peers = [Signals("127.0.0.1") for _ in range(3)]
     members = [Member(rank, 0, f"i{rank}", 1, "127.0.0.1", s.address, "") for rank, s in enumerate(peers)]
     view, membership, groups = View(4, tuple(members)), FakeMembership(), FakeGroups()
     woken: queue.SimpleQueue[bool] = queue.SimpleQueue()
-    told: queue.SimpleQueue[AskView] = queue.SimpleQueue()
+    told: queue.SimpleQueue[ViewRequest] = queue.SimpleQueue()
     epoch = CurrentEpoch(members[0], view, peers[0], membership, lambda: woken.put(epoch.is_left))  # pyright: ignore[reportArgumentType]
-    epoch.listen(1.5, errors.put)
+    epoch.listen(Deadlines(ring_s=1.5), errors.put)
     epoch.enter(view, groups)  # pyright: ignore[reportArgumentType]
-    peers[2].on(AskView, told.put)
-    peers[2].start("i2", 60.0, break_down, errors.put)
+    peers[2].on(ViewRequest, told.put)
+    peers[2].start("i2", DEADLINES, break_down, errors.put)
     peers[2].watch(view, 2)  # it speaks; rank 1 has a socket, and nobody who does
     assert woken.get(timeout=WAIT_S) is True
     assert (membership.asked, groups.aborted) == ([4], True)
-    assert told.get(timeout=WAIT_S) == AskView(4)
+    assert told.get(timeout=WAIT_S) == ViewRequest(4)
     assert errors.empty()
     for signals in peers:
         signals.close()

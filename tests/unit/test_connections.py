@@ -17,7 +17,7 @@ def test_connections_to_and_from_listeners_are_shut_and_no_others():
 
         inside, outside = connect(group), connect(other)
         connections = Connections({group.getsockname()[:2]})
-        assert len(connections) == 2, connections._sockets
+        assert len(connections._sockets) == 2, connections._sockets
         for _ in range(2):
             connections.shut()
         for sock in inside:
@@ -36,4 +36,4 @@ def test_a_held_connection_does_not_outlive_its_group():
         ours.close()
         theirs.close()
         connections.shut()
-        assert len(connections) == 0
+        assert connections._sockets == []

@@ -58,7 +58,7 @@ def test_nobody_there_is_an_error_within_the_time():
 
 
 @pytest.mark.parametrize(
-    "frame", [b"", b"GET / HTTP/1.1", msgspec.msgpack.encode({"type": "ask", "keys": 3}), b"\x80\x04pickle"]
+    "frame", [b"", b"GET / HTTP/1.1", msgspec.msgpack.encode({"type": "get", "keys": 3}), b"\x80\x04pickle"]
 )
 def test_strangers_harm_nobody(server, frame):
     stranger = zmq.Context.instance().socket(zmq.DEALER)

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from elastic_moe.config import ExchangeConfig
+from elastic_moe.deadlines import Deadlines
 from elastic_moe.exchange.epochs import CollectiveExchanges, SymmetricExchanges, exchanges_of
-from elastic_moe.group.groups import EpochGroups
+from elastic_moe.group.epoch_groups import EpochGroups
 from elastic_moe.group.view import Member, View
 
 ME = Member(0, 0, "me", 0, "127.0.0.1", "", "127.0.0.1:1")
@@ -34,12 +35,12 @@ def test_memory_is_reserved_before_an_epoch_is_entered():
     assert isinstance(exchanges, SymmetricExchanges)
     view = View(1, (ME,))
     with pytest.raises(ValueError, match="must be reserved before"):
-        exchanges.enter(view, EpochGroups(view, 0, CPU, 1.0), 4)
+        exchanges.enter(view, EpochGroups(view, 0, CPU, Deadlines()), 4)
     exchanges.close()
 
 
 def test_what_hangs_on_the_groups_is_told_of_their_abort_also_afterwards():
-    groups = EpochGroups(View(1, (ME,)), 0, CPU, 1.0)
+    groups = EpochGroups(View(1, (ME,)), 0, CPU, Deadlines())
     told = []
     groups.when_aborted(lambda: told.append("before"))
     groups.abort()

@@ -1,12 +1,14 @@
 """Weights from a running member, over real sockets in one process; and whose digests count."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import zmq
 
+from elastic_moe.deadlines import Deadlines
 from elastic_moe.group.view import Member
 from elastic_moe.placement.placement import EMPTY
 from elastic_moe.weights import peers as module
@@ -62,7 +64,7 @@ def server(store: ExpertStore) -> Iterator[WeightServer]:
 @pytest.fixture
 def peers(server: WeightServer) -> Iterator[Peers]:
     """One of two members is dead."""
-    peers = Peers([member(0, "tcp://127.0.0.1:9"), member(1, server.address)], node=0)
+    peers = Peers([member(0, "tcp://127.0.0.1:9"), member(1, server.address)], node=0, deadlines=Deadlines())
     yield peers
     peers.close()
 
@@ -109,9 +111,8 @@ def test_garbage_does_not_end_the_server(server, peers):
     assert peers.dense("norm", torch.empty(4).bfloat16())
 
 
-def test_nobody_answers(monkeypatch):
-    monkeypatch.setattr(module, "TIMEOUT_MS", 300)
-    peers = Peers([member(0, "tcp://127.0.0.1:9")], node=0)
+def test_nobody_answers():
+    peers = Peers([member(0, "tcp://127.0.0.1:9")], node=0, deadlines=replace(Deadlines(), weights_s=0.3))
     assert not peers.dense("norm", torch.empty(4).bfloat16())
 
 

@@ -12,6 +12,7 @@ import torch
 from elastic_moe.config import EplbConfig
 from elastic_moe.control.rebalance import load_balancer
 from elastic_moe.control.rebalancer import Rebalancer
+from elastic_moe.deadlines import Deadlines
 from elastic_moe.group.view import Member, View
 from elastic_moe.placement.loads import LoadCounter
 from elastic_moe.placement.placement import Placement
@@ -52,7 +53,7 @@ class Harness:
         registry = PlacementRegistry(placement, 0, Topology.uniform(1), cpu)
         self.errors = []
         self.balancer = Rebalancer(
-            EplbConfig(mode=mode, interval_s=interval_s), 0, registry, self.counter, lambda: 0, GroupStaging(),
+            EplbConfig(mode=mode, interval_s=interval_s), 0, registry, self.counter, lambda: 0, GroupStaging(), Deadlines(),
             wake=lambda: None, committed=lambda _: None, on_error=self.errors.append,
         )  # fmt: skip
         groups: Any = SimpleNamespace(open=lambda name, timeout_s: Alone())

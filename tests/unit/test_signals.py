@@ -1,4 +1,4 @@
-"""Words between members, over real sockets in one process."""
+"""Signals between members, over real sockets in one process."""
 
 import queue
 import time
@@ -8,9 +8,10 @@ import msgspec
 import pytest
 import zmq
 
+from elastic_moe.deadlines import Deadlines
 from elastic_moe.group.view import Member, View
 from elastic_moe.membership import signals as module
-from elastic_moe.membership.signals import AskView, Knock, Mouth, PeerDied, Signals, Wake
+from elastic_moe.membership.signals import JoinRequest, PeerDied, Signals, SignalSender, ViewRequest, Wake
 
 WAIT_S = 10.0
 
@@ -18,26 +19,25 @@ WAIT_S = 10.0
 class Peer:
     """One process's signals, and what it heard."""
 
-    def __init__(self, rank: int, silence_s: float = 60.0) -> None:
+    def __init__(self, rank: int, ring_s: float = 60.0) -> None:
         self.signals = Signals("127.0.0.1")
         self.member = Member(rank, 0, f"incarnation {rank}", 1, "host", self.signals.address, "")
-        self.words: queue.SimpleQueue[object] = queue.SimpleQueue()
-        self.silent: queue.SimpleQueue[Member] = queue.SimpleQueue()
-        for kind in (PeerDied, AskView, Knock, Wake):
-            self.signals.on(kind, self.words.put)
-        self.silence_s = silence_s
+        self.heard: queue.SimpleQueue[object] = queue.SimpleQueue()
+        self.lost: queue.SimpleQueue[Member] = queue.SimpleQueue()
+        for kind in (PeerDied, ViewRequest, JoinRequest, Wake):
+            self.signals.on(kind, self.heard.put)
+        self.deadlines = Deadlines(ring_s=ring_s, ping_s=0.05, heartbeat_s=0.01, heartbeat_timeout_s=0.1)
 
     def start(self) -> None:
-        self.signals.start(self.member.incarnation, self.silence_s, self.silent.put)
+        self.signals.start(self.member.incarnation, self.deadlines, self.lost.put)
 
 
 @pytest.fixture
-def make(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Peer]]:
-    monkeypatch.setattr(module, "PING_S", 0.05)
+def make() -> Iterator[Callable[..., Peer]]:
     peers: list[Peer] = []
 
-    def make(rank: int, silence_s: float = 60.0) -> Peer:
-        peers.append(Peer(rank, silence_s))
+    def make(rank: int, ring_s: float = 60.0) -> Peer:
+        peers.append(Peer(rank, ring_s))
         return peers[-1]
 
     yield make
@@ -48,51 +48,51 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Peer]]:
 MEMBER = Member(7, 1, "x", 1, "host", "tcp://127.0.0.1:1", "127.0.0.1:2")
 
 
-@pytest.mark.parametrize("word", [AskView(4), PeerDied(2, "y"), Knock(MEMBER), Wake(1, 2)])
-def test_a_word_arrives_as_it_was_sent(make, word: msgspec.Struct):
+@pytest.mark.parametrize("signal", [ViewRequest(4), PeerDied(2, "y"), JoinRequest(MEMBER), Wake(1, 2)])
+def test_a_signal_arrives_as_it_was_sent(make, signal: msgspec.Struct):
     one, other = make(0), make(1)
     other.start()
-    one.signals.tell([other.member], word)
-    assert other.words.get(timeout=WAIT_S) == word
+    one.signals.tell([other.member], signal)
+    assert other.heard.get(timeout=WAIT_S) == signal
 
 
-def test_garbage_and_words_nobody_minds_are_dropped(make):
+def test_garbage_and_signals_nobody_minds_are_dropped(make):
     peer = make(0)
     peer.start()
     with zmq.Context() as context, context.socket(zmq.DEALER) as stranger:
         stranger.connect(peer.signals.address)
         for frames in ([b""], [b"\xff\x00"], [b"a", b"b", b""], [module.encode(module.Alive("nobody"))]):
             stranger.send_multipart(frames)
-        stranger.send(module.encode(AskView(9)))
-        assert peer.words.get(timeout=WAIT_S) == AskView(9)
-    assert peer.words.empty()
+        stranger.send(module.encode(ViewRequest(9)))
+        assert peer.heard.get(timeout=WAIT_S) == ViewRequest(9)
+    assert peer.heard.empty()
 
 
-def test_a_silent_neighbour_is_reported_and_only_it(make):
-    peers = [make(rank, silence_s=0.5) for rank in range(4)]
+def test_a_neighbour_that_is_not_heard_of_is_lost_and_only_it(make):
+    peers = [make(rank, ring_s=0.5) for rank in range(4)]
     view = View(1, tuple(peer.member for peer in peers))
     for peer in peers[:3]:  # the last has a socket, and nobody who speaks
         peer.start()
     for peer in peers:
         peer.signals.watch(view, peer.member.rank)
     for neighbour in (peers[0], peers[2]):
-        assert neighbour.silent.get(timeout=WAIT_S).rank == 3
-    assert peers[1].silent.empty()
+        assert neighbour.lost.get(timeout=WAIT_S).rank == 3
+    assert peers[1].lost.empty()
     smaller = View(2, view.members[:3])
     for peer in peers[:3]:
         peer.signals.watch(smaller, peer.member.rank)
-        while not peer.silent.empty():
-            peer.silent.get()
+        while not peer.lost.empty():
+            peer.lost.get()
     time.sleep(1.0)
-    assert all(peer.silent.empty() for peer in peers)
+    assert all(peer.lost.empty() for peer in peers)
 
 
-def test_a_dead_address_blocks_nobody():
-    mouth = Mouth()
+def test_an_address_without_a_process_blocks_nobody():
+    sender = SignalSender()
     begin = time.monotonic()
-    mouth.know(["tcp://127.0.0.1:9"])
+    sender.connect(["tcp://127.0.0.1:9"])
     for _ in range(2000):
-        mouth.tell(["tcp://127.0.0.1:9"], Wake(1, 1))
-    mouth.know([])
+        sender.tell(["tcp://127.0.0.1:9"], Wake(1, 1))
+    sender.connect([])
     assert time.monotonic() - begin < 2
-    mouth.close()
+    sender.close()

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import torch
 from support.wires import WireGroup, Wires
 
 from elastic_moe.control.vote import Vote
+from elastic_moe.deadlines import Deadlines
 from elastic_moe.errors import CheckpointError, DigestMismatch, PeerLost, TransferFailed
 from elastic_moe.group.view import Member, View
 from elastic_moe.placement.placement import EMPTY, Placement
@@ -166,10 +168,11 @@ def from_peers(fault: str, until: Until | None) -> Ran:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(peers_module, "_copy_of", copy_of)
         patch.setattr(peers_module, "_bytes_of", bytes_of)
-        patch.setattr(peers_module, "TIMEOUT_MS", 300)
         starter = threading.Timer(0.1 if fault == "late" else 0.0, server.start, ({}, held))
         starter.start()
-        peers = Peers([Member(0, 0, "x", 1, "host", "", "", weights=server.address)], node=0)
+        peers = Peers(
+            [Member(0, 0, "x", 1, "host", "", "", weights=server.address)], 0, replace(Deadlines(), weights_s=0.3)
+        )
         try:
             return run([peers], store := make_store(), store, until)
         finally:
@@ -359,4 +362,4 @@ def test_what_a_source_tells_of_twice_counts_once():
     fill(WANTS, store, [Stubborn(write)], account)
     assert (account.rejected, account.num_bytes[Origin.DISK]) == (4, 4 * NUM_BYTES)
     assert not list(store.wants(np.array([[2, 3], [2, 3]])))
-    assert isinstance(next(iter(Peers([], 0).fetch(WANTS[:1], store, Until()))), Missed)
+    assert isinstance(next(iter(Peers([], 0, Deadlines()).fetch(WANTS[:1], store, Until()))), Missed)

@@ -14,7 +14,7 @@ import pytest
 
 from elastic_moe.supervision import supervisor as module
 from elastic_moe.supervision.channel import Ready
-from elastic_moe.supervision.supervisor import Event, Supervisor, complain
+from elastic_moe.supervision.supervisor import Event, EventKind, Supervisor, complain
 
 CHILD = """
 import signal, subprocess, sys, time
@@ -45,7 +45,7 @@ def start(supervisor: Supervisor, program: str, name: str = "child") -> None:
 
 def next_event(supervisor: Supervisor) -> Event:
     """But for those that a child is dying."""
-    while (event := supervisor.events.get(timeout=20)).dying:
+    while (event := supervisor.events.get(timeout=20)).kind is EventKind.DYING:
         pass
     return event
 
@@ -55,7 +55,7 @@ def detail(event: Event) -> str:
     return event.message.detail
 
 
-def is_gone(pid: int, within_s: float) -> bool:
+def has_died(pid: int, within_s: float) -> bool:
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(pid)
         deadline = time.monotonic() + within_s
@@ -70,22 +70,22 @@ def is_gone(pid: int, within_s: float) -> bool:
 def test_messages_come_before_the_end_and_the_end_has_its_code(supervisor: Supervisor, end: str, code: int):
     start(supervisor, f"channel.send(Ready('one')); channel.send(Ready('two')); {end}")
     assert [detail(next_event(supervisor)) for _ in range(2)] == ["one", "two"]
-    assert next_event(supervisor) == Event("child", code=code)
+    assert next_event(supervisor) == Event(EventKind.EXIT, "child", code=code)
 
 
 def test_a_child_that_takes_long_to_end_is_dying_at_once(supervisor: Supervisor):
     begin = time.monotonic()
     start(supervisor, "channel.close(); time.sleep(1)")
-    assert supervisor.events.get(timeout=20) == Event("child", dying=True)
+    assert supervisor.events.get(timeout=20) == Event(EventKind.DYING, "child")
     assert supervisor.events.empty()
-    assert supervisor.events.get(timeout=20) == Event("child", code=0)
+    assert supervisor.events.get(timeout=20) == Event(EventKind.EXIT, "child", code=0)
     assert time.monotonic() - begin > 1
 
 
 def test_children_are_told_apart(supervisor: Supervisor):
     start(supervisor, "channel.receive(); sys.exit(4)", "first")
     start(supervisor, "sys.exit(5)", "second")
-    assert next_event(supervisor) == Event("second", code=5)
+    assert next_event(supervisor) == Event(EventKind.EXIT, "second", code=5)
     supervisor.children["first"].channel.send(Ready())  # of no type it knows: it ends with a traceback
     assert next_event(supervisor).child == "first"
 
@@ -93,7 +93,7 @@ def test_children_are_told_apart(supervisor: Supervisor):
 def test_signals_are_events(supervisor: Supervisor):
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         os.kill(os.getpid(), number)
-        assert next_event(supervisor) == Event("", code=number)
+        assert next_event(supervisor) == Event(EventKind.SIGNAL, code=number)
 
 
 def test_stop_ends_children_that_obey_at_once(supervisor: Supervisor):
@@ -104,7 +104,8 @@ def test_stop_ends_children_that_obey_at_once(supervisor: Supervisor):
     begin = time.monotonic()
     supervisor.stop()
     assert time.monotonic() - begin < module.STOP_GRACE_S / 2
-    assert sorted(next_event(supervisor) for _ in range(2)) == [Event("first", code=-15), Event("second", code=-15)]
+    ends = [Event(EventKind.EXIT, name, code=-15) for name in ("first", "second")]
+    assert sorted(next_event(supervisor) for _ in range(2)) == ends
 
 
 def test_stop_kills_who_does_not_obey_with_all_it_started(supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch):
@@ -114,15 +115,15 @@ def test_stop_kills_who_does_not_obey_with_all_it_started(supervisor: Supervisor
     begin = time.monotonic()
     supervisor.stop()
     assert 0.3 <= time.monotonic() - begin < 3
-    assert next_event(supervisor) == Event("child", code=-9)
-    assert is_gone(grandchild, 2)
+    assert next_event(supervisor) == Event(EventKind.EXIT, "child", code=-9)
+    assert has_died(grandchild, 2)
 
 
 def test_a_child_reads_the_end_of_its_supervisor(supervisor: Supervisor):
     start(supervisor, "channel.send(Ready()); sys.exit(7 if channel.receive() is None else 8)")
     detail(next_event(supervisor))
-    supervisor.children["child"].channel._sock.shutdown(2)  # as the kernel does when the process is gone
-    assert next_event(supervisor) == Event("child", code=7)
+    supervisor.children["child"].channel._sock.shutdown(2)  # as the kernel does when the process dies
+    assert next_event(supervisor) == Event(EventKind.EXIT, "child", code=7)
 
 
 def test_a_child_that_listens_to_nothing_dies_with_its_supervisor(tmp_path: Path):
@@ -138,9 +139,9 @@ supervisor.events.get()
     assert parent.stdout is not None
     with parent:
         child = int(parent.stdout.readline())
-        assert not is_gone(child, 0)
+        assert not has_died(child, 0)
         parent.kill()
-        assert is_gone(child, 2)
+        assert has_died(child, 2)
 
 
 def test_a_complaint_is_printed_once_for_all_that_share_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture):

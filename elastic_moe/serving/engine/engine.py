@@ -28,7 +28,7 @@ from elastic_moe.serving.engine.mailbox import Mailbox
 from elastic_moe.serving.protocol import Cancel, Event, Rebalance, Status, Submit, Tokens
 from elastic_moe.serving.starts import EngineStart
 from elastic_moe.supervision.channel import Beat, Channel, Ready, Refused, ViewChanged
-from elastic_moe.supervision.supervised import BEAT_S, die_with_supervisor
+from elastic_moe.supervision.supervised import die_with_supervisor
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +49,7 @@ class Engine:
         self._config = start.config
         self._seat = start.seat
         self._channel = channel
+        self._deadlines = start.config.elastic.deadlines(start.seat.launch.world_size)
         self._phase, self._reason = "loading", ""
         self._load_seconds = 0.0
         self._process = psutil.Process()
@@ -90,9 +91,9 @@ class Engine:
             self._seat,
             device=device,
             address=self._mailbox.address,
-            start_timeout_s=elastic.start_timeout_s,
-            exchange_timeout_s=elastic.exchange_timeout_s,
-            silence_timeout_s=elastic.hang_timeout_s,
+            start_timeout_s=self._deadlines.start_s,
+            exchange_timeout_s=self._deadlines.exchange_s,
+            silence_timeout_s=self._deadlines.ring_s,
             lighthouses=[url for url in elastic.lighthouse.split(",") if url],
             grow_slots=elastic.grow_slots,
             eplb=self._config.eplb,
@@ -240,7 +241,7 @@ class Engine:
             progress = self.runtime.handshakes + self.runtime.steps + self.runtime.pool.balancer.progress
             if not self._channel.send(Beat(progress, working=not (self._asleep or groups_wait))):
                 return
-            time.sleep(BEAT_S)
+            time.sleep(self._deadlines.beat_s)
 
     def _submit(self, submit: Submit) -> None:
         try:

@@ -1,15 +1,13 @@
-"""The process groups of one epoch: built together, used until the view changes, aborted together.
+"""One process group with a deadline on every call and errors that say what broke off.
 
-They are plain `ProcessGroup` objects, not torch.distributed's global state: an epoch's groups can be thrown away
-and built anew at any time, and a user's own `init_process_group` is left alone.
+It wraps a plain `ProcessGroup` object, not torch.distributed's global state: it can be thrown away and built anew at
+any time, and a user's own `init_process_group` is left alone.
 """
 
 import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, InvalidStateError
-from concurrent.futures import TimeoutError as FutureTimeout
 from datetime import timedelta
 from typing import Any
 
@@ -19,18 +17,14 @@ import torch.distributed as dist
 
 from elastic_moe.background import end_process, start_thread
 from elastic_moe.errors import PeerLost
-from elastic_moe.group.connections import Connections, listening_ports
 from elastic_moe.group.epoch_store import EpochStore
-from elastic_moe.group.view import View
 
 Parcel = tuple[torch.Tensor, int, int]
-BUILD_TIMEOUT_S = 5.0
-"""How long members of a new view wait for each other; they have all just asked for it."""
+"""(tensor, group rank of the peer, tag)."""
 TURN_S = 0.05
 """How long a rank may stay in a call after it has left the group, at the most."""
 BURY_S = 10.0
-_MAKING = threading.Lock()
-"""A gloo device is known by the port that is new in this process; two must not be made at once."""
+"""How long an aborted group is held: longer than `TURN_S`, so that no call is left in it when it is destroyed."""
 _NCCL = getattr(dist, "ProcessGroupNCCL", ())
 """Its works are done when they are queued, and its abort does free who waits."""
 
@@ -108,8 +102,8 @@ class Group:
         """
         (size,) = self.all_reduce_max([len(message or b"")])
         padded = (message or b"").ljust(size + -size % 8, b"\0")
-        words = self.all_reduce_sum_array(np.frombuffer(padded if message else bytes(len(padded)), dtype=np.int64))
-        return words.tobytes()[:size]
+        summed = self.all_reduce_sum_array(np.frombuffer(padded if message else bytes(len(padded)), dtype=np.int64))
+        return summed.tobytes()[:size]
 
     def _all_reduce(self, values: np.ndarray, op: Any) -> np.ndarray:
         reduced = np.array(values, dtype=np.int64)
@@ -204,10 +198,10 @@ class Group:
             ) from error
 
     def _is_done(self, work: dist.Work) -> bool:
-        """Whether `work` has ended, or its `wait` can be trusted to end with an abort. Waits a little.
+        """Whether `work` is over, or its `wait` can be trusted to end with an abort. Waits a little.
 
         gloo has been seen not to notice that its sockets are shut until the deadline, so its collectives are waited
-        for in turns, and left behind when the group is aborted. (A point-to-point work with a timeout would break off
+        for in turns, and given up when the group is aborted. (A point-to-point work with a timeout would break off
         the others of its group.)
         """
         if not self.on_cpu:
@@ -217,12 +211,6 @@ class Group:
         except RuntimeError:
             return work.is_completed()
         return True
-
-
-def _bury(backend: Any, store: EpochStore) -> None:
-    """Hold the last reference to an aborted group: its end may wait for a call left behind, and nobody else has to."""
-    time.sleep(BURY_S)
-    del backend, store
 
 
 class Posted:
@@ -248,152 +236,7 @@ class Posted:
             group.waiting = False
 
 
-class EpochGroups:
-    """`control` (gloo, CPU) carries signals, `data` (gloo or NCCL) carries tokens and weights.
-
-    Made for a view, then built together with its other members; `abort` ends all, at any time. Work in the background
-    opens CPU groups of its own.
-    """
-
-    control: Group
-    data: Group
-
-    def __init__(self, view: View, rank: int, device: torch.device, timeout_s: float) -> None:
-        """Nothing is connected yet.
-
-        Args:
-            view: the agreed members.
-            rank: EP rank of this process.
-            device: cpu (gloo) or a CUDA device (NCCL) for the data group.
-            timeout_s: deadline of every later call, in seconds; building has `BUILD_TIMEOUT_S`.
-        """
-        self.epoch = view.epoch
-        self.ranks = view.ranks
-        self._view = view
-        self._offered = view.members[0].store
-        self._rank = rank
-        self._device = device
-        self._timeout_s = timeout_s
-        self._built: Future[tuple[Group, Group]] = Future()
-        self._lock = threading.Lock()
-        self._opened: list[Group] = []
-        self._when_aborted: list[Callable[[], None]] = []
-        self._left = False
-
-    def build(self) -> "EpochGroups":
-        """Connect to all members over the store that the view's first one offers. Collective.
-
-        Connecting cannot be broken off, so it has a thread of its own, left to its end when the build is given up.
-
-        Raises:
-            PeerLost: a member did not come in time, or `abort` was called.
-        """
-        start_thread("groups", self._connect, on_error=self._built.set_exception)
-        try:
-            self.control, self.data = self._built.result(BUILD_TIMEOUT_S)
-        except FutureTimeout:
-            self._fail(f"not built within {BUILD_TIMEOUT_S} s")
-            self.control, self.data = self._built.result()  # unless they came at this very moment
-        return self
-
-    @property
-    def waiting(self) -> bool:
-        """Whether a call is in flight in either group, or they are being built."""
-        if not self._built.done():
-            return True
-        return self._built.exception() is None and any(group.waiting for group in self._built.result())
-
-    def open(self, name: str, timeout_s: float) -> Group:
-        """One more gloo group of all members, on the CPU, with a deadline of its own. Collective; waits for all.
-
-        Raises:
-            PeerLost: a member did not come within `timeout_s`, or `abort` was called.
-        """
-        try:
-            group = self._group(_gloo, name, EpochStore(self._offered, timeout_s), timeout_s, timeout_s)
-        except (RuntimeError, OSError) as error:
-            raise PeerLost(f"group {name} of epoch {self.epoch}: {str(error).splitlines()[0]}") from error
-        with self._lock:
-            self._opened.append(group)
-            left = self._left
-        if left:
-            group.abort()
-            raise PeerLost(f"group {name} of epoch {self.epoch}: left while it was opened")
-        return group
-
-    def abort(self) -> None:
-        """Give up the build, or abort all groups, see `Group.abort`. Safe to call twice and from any thread."""
-        self._fail("left while they were built")
-        with self._lock:
-            self._left = True
-            groups, acts = list(self._opened), list(self._when_aborted)
-        for act in acts:
-            act()
-        if self._built.exception() is None:
-            groups += self._built.result()
-        for group in groups:
-            group.abort()
-
-    def when_aborted(self, act: Callable[[], None]) -> None:
-        """Have `act` called, in any thread, when the groups are aborted; now, if they have been."""
-        with self._lock:
-            self._when_aborted.append(act)
-            left = self._left
-        if left:
-            act()
-
-    def _connect(self) -> None:
-        try:
-            store = EpochStore(self._offered, BUILD_TIMEOUT_S)
-            data = _gloo if self._device.type == "cpu" else _nccl
-            control = self._group(_gloo, "control", store, BUILD_TIMEOUT_S, self._timeout_s)
-            data = self._group(data, "data", store, BUILD_TIMEOUT_S, self._timeout_s)
-        except (RuntimeError, OSError) as error:
-            self._fail(str(error).splitlines()[0])
-            return
-        try:
-            self._built.set_result((control, data))
-        except InvalidStateError:
-            control.abort()
-            data.abort()
-
-    def _group(self, make: "MakeBackend", name: str, store: EpochStore, build_s: float, timeout_s: float) -> Group:
-        own = dist.PrefixStore(f"elastic_moe/{self.epoch}/{self._view.digest}/{name}", store)
-        backend, abort = make(own, self._view, self._rank, timedelta(seconds=build_s))
-        backend._set_default_timeout(timedelta(seconds=timeout_s))
-        return Group(backend, abort, store, name, self.epoch, timeout_s)
-
-    def _fail(self, reason: str) -> None:
-        with contextlib.suppress(InvalidStateError):  # they are built, or have failed before
-            self._built.set_exception(PeerLost(f"groups of epoch {self.epoch} (ranks {list(self.ranks)}): {reason}"))
-
-
-MakeBackend = Callable[[dist.Store, View, int, timedelta], tuple[Any, Callable[[Any], None]]]
-"""(store, view, EP rank, limit of the build) -> the process group, and how to abort it."""
-
-
-def _gloo(store: dist.Store, view: View, rank: int, limit: timedelta) -> tuple[Any, Callable[[Any], None]]:
-    options = dist.ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue]
-    options._timeout = limit
-    with _MAKING:
-        before = set(listening_ports())
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=view.member(rank).host)]
-        ports = set(listening_ports()) - before
-    store.set(f"ports/{rank}", ",".join(map(str, ports)))
-    backend = dist.ProcessGroupGloo(store, view.group_rank(rank), len(view.members), options)
-    said = store.multi_get([f"ports/{member.rank}" for member in view.members])
-    listeners = {
-        (member.host, int(port))
-        for member, text in zip(view.members, said, strict=True)
-        for port in text.decode().split(",")
-        if port
-    }
-    connections = Connections(listeners)
-    return backend, lambda _group: connections.shut()
-
-
-def _nccl(store: dist.Store, view: View, rank: int, limit: timedelta) -> tuple[Any, Callable[[Any], None]]:
-    options = dist.ProcessGroupNCCL.Options()
-    options._timeout = limit
-    backend = dist.ProcessGroupNCCL(store, view.group_rank(rank), len(view.members), options)
-    return backend, lambda group: group.abort()
+def _bury(backend: Any, store: EpochStore) -> None:
+    """Hold the last reference to an aborted group: destroying it may wait for a call given up; nobody else has to."""
+    time.sleep(BURY_S)
+    del backend, store

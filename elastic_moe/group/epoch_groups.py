@@ -1,0 +1,141 @@
+"""The process groups of one epoch: built together, used until the view changes, aborted together."""
+
+import contextlib
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import TimeoutError as FutureTimeout
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from elastic_moe.background import start_thread
+from elastic_moe.deadlines import Deadlines
+from elastic_moe.errors import PeerLost
+from elastic_moe.group.backends import MakeBackend, make_gloo, make_nccl
+from elastic_moe.group.epoch_store import EpochStore
+from elastic_moe.group.process_group import Group
+from elastic_moe.group.view import View
+
+
+class EpochGroups:
+    """`control` (gloo, CPU) carries signals, `data` (gloo or NCCL) carries tokens and weights.
+
+    Made for a view, then built together with its other members; `abort` ends all, at any time. Work in the background
+    opens CPU groups of its own.
+    """
+
+    control: Group
+    data: Group
+
+    def __init__(self, view: View, rank: int, device: torch.device, deadlines: Deadlines) -> None:
+        """Nothing is connected yet.
+
+        Args:
+            view: the agreed members.
+            rank: EP rank of this process.
+            device: cpu (gloo) or a CUDA device (NCCL) for the data group.
+            deadlines: `build_s` is that of building, `exchange_s` that of every later call.
+        """
+        self.epoch = view.epoch
+        self.ranks = view.ranks
+        self._view = view
+        self._offered = view.members[0].store
+        self._rank = rank
+        self._device = device
+        self._deadlines = deadlines
+        self._built: Future[tuple[Group, Group]] = Future()
+        self._lock = threading.Lock()
+        self._opened: list[Group] = []
+        self._when_aborted: list[Callable[[], None]] = []
+        self._left = False
+
+    def build(self) -> "EpochGroups":
+        """Connect to all members over the store that the view's first one offers. Collective.
+
+        Connecting cannot be broken off, so it has a thread of its own, left to its end when the build is given up.
+
+        Raises:
+            PeerLost: a member did not come in time, or `abort` was called.
+        """
+        start_thread("groups", self._connect, on_error=self._built.set_exception)
+        build_s = self._deadlines.build_s
+        try:
+            self.control, self.data = self._built.result(build_s)
+        except FutureTimeout:
+            self._fail(f"not built within {build_s:g} s")
+            self.control, self.data = self._built.result()  # unless they came at this very moment
+        return self
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a call is in flight in either group, or they are being built."""
+        if not self._built.done():
+            return True
+        return self._built.exception() is None and any(group.waiting for group in self._built.result())
+
+    def open(self, name: str, timeout_s: float) -> Group:
+        """One more gloo group of all members, on the CPU, with a deadline of its own. Collective; waits for all.
+
+        Raises:
+            PeerLost: a member did not come within `timeout_s`, or `abort` was called.
+        """
+        try:
+            group = self._group(make_gloo, name, EpochStore(self._offered, timeout_s), timeout_s, timeout_s)
+        except (RuntimeError, OSError) as error:
+            raise PeerLost(f"group {name} of epoch {self.epoch}: {str(error).splitlines()[0]}") from error
+        with self._lock:
+            self._opened.append(group)
+            left = self._left
+        if left:
+            group.abort()
+            raise PeerLost(f"group {name} of epoch {self.epoch}: left while it was opened")
+        return group
+
+    def abort(self) -> None:
+        """Give up the build, or abort all groups, see `Group.abort`. Safe to call twice and from any thread."""
+        self._fail("left while they were built")
+        with self._lock:
+            self._left = True
+            groups, acts = list(self._opened), list(self._when_aborted)
+        for act in acts:
+            act()
+        if self._built.exception() is None:
+            groups += self._built.result()
+        for group in groups:
+            group.abort()
+
+    def when_aborted(self, act: Callable[[], None]) -> None:
+        """Have `act` called, in any thread, when the groups are aborted; now, if they have been."""
+        with self._lock:
+            self._when_aborted.append(act)
+            left = self._left
+        if left:
+            act()
+
+    def _connect(self) -> None:
+        try:
+            build_s, exchange_s = self._deadlines.build_s, self._deadlines.exchange_s
+            store = EpochStore(self._offered, build_s)
+            data = make_gloo if self._device.type == "cpu" else make_nccl
+            control = self._group(make_gloo, "control", store, build_s, exchange_s)
+            data = self._group(data, "data", store, build_s, exchange_s)
+        except (RuntimeError, OSError) as error:
+            self._fail(str(error).splitlines()[0])
+            return
+        try:
+            self._built.set_result((control, data))
+        except InvalidStateError:
+            control.abort()
+            data.abort()
+
+    def _group(self, make: MakeBackend, name: str, store: EpochStore, build_s: float, timeout_s: float) -> Group:
+        own = dist.PrefixStore(f"elastic_moe/{self.epoch}/{self._view.digest}/{name}", store)
+        backend, abort = make(own, self._view, self._rank, timedelta(seconds=build_s))
+        backend._set_default_timeout(timedelta(seconds=timeout_s))
+        return Group(backend, abort, store, name, self.epoch, timeout_s)
+
+    def _fail(self, reason: str) -> None:
+        with contextlib.suppress(InvalidStateError):  # they are built, or have failed before
+            self._built.set_exception(PeerLost(f"groups of epoch {self.epoch} (ranks {list(self.ranks)}): {reason}"))

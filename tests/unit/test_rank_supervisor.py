@@ -1,0 +1,364 @@
+"""The supervisor of one rank, with children and a clock that do as they are told."""
+
+import queue
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+
+from elastic_moe.deadlines import Deadlines
+from elastic_moe.group.view import Member, View
+from elastic_moe.membership.launch import Launch, SeatStart
+from elastic_moe.membership.signals import PeerDied
+from elastic_moe.supervise import ScriptSupervisor
+from elastic_moe.supervision import rank_supervisor as module
+from elastic_moe.supervision.channel import Beat, Done, Ready, Refused, ViewChanged
+from elastic_moe.supervision.rank_supervisor import LIGHTHOUSE, POLL_S, SEAT, RankSupervisor
+from elastic_moe.supervision.supervisor import Event, EventKind
+from elastic_moe.supervision.watch import QUICK_DEATH_S, RESPAWN_S
+
+DEADLINES = Deadlines.of(3, exchange_s=2, hang_s=4)
+SIGTERM = Event(EventKind.SIGNAL, code=15)
+DYING = Event(EventKind.DYING, SEAT)
+
+
+def member(rank: int) -> Member:
+    return Member(rank, 0, f"i{rank}", 1, "host", f"signals {rank}", "")
+
+
+VIEW = View(5, tuple(member(rank) for rank in range(3)))
+
+
+def said(message: object, child: str = SEAT) -> Event:
+    return Event(EventKind.MESSAGE, child, message)
+
+
+def exited(code: int, child: str = SEAT) -> Event:
+    return Event(EventKind.EXIT, child, code=code)
+
+
+class FakeChild:
+    def __init__(self, name: str, command: list[str], fd_variable: str) -> None:
+        self.name, self.command, self.fd_variable = name, command, fd_variable
+        self.pid, self.killed = 77, 0
+        self.sent: list[object] = []
+        self.channel = SimpleNamespace(send=self.sent.append)
+
+    def kill(self) -> None:
+        self.killed += 1
+
+
+class FakeSupervisor:
+    """`children` are the present ones, `started` all there ever were."""
+
+    def __init__(self) -> None:
+        self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self.children: dict[str, FakeChild] = {}
+        self.started: list[FakeChild] = []
+        self.stopped = 0
+        self.waits: list[float] = []
+
+    def start(self, name: str, command: list[str], pass_fds: object = (), fd_variable: str = "") -> FakeChild:
+        self.children[name] = child = FakeChild(name, command, fd_variable)
+        self.started.append(child)
+        return child
+
+    def next_event(self, timeout_s: float) -> Event | None:
+        self.waits.append(timeout_s)
+        return None if self.events.empty() else self.events.get()
+
+    def stop(self) -> None:
+        self.stopped += 1
+
+
+class FakeSender:
+    def __init__(self) -> None:
+        self.connected: list[str] = []
+        self.told: list[tuple[list[str], object]] = []
+        self.closed = False
+
+    def connect(self, addresses: object) -> None:
+        self.connected = list(addresses)  # pyright: ignore[reportArgumentType]
+
+    def tell(self, addresses: list[str], signal: object) -> None:
+        self.told.append((addresses, signal))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Seated(RankSupervisor):
+    """Keeps what it is asked to do."""
+
+    def __init__(self, **settings: object) -> None:
+        self.starts: list[SeatStart] = []
+        self.heard: list[Event] = []
+        self.views: list[View] = []
+        settings = {"max_quick_deaths": 2, "keeps_lighthouse": False} | settings
+        super().__init__(Launch(1, 3), DEADLINES, **settings)  # pyright: ignore[reportArgumentType]
+
+    def start_process(self, start: SeatStart):
+        self.starts.append(start)
+        return self._supervisor.start(SEAT, ["the process"])
+
+    def on_message(self, event: Event) -> None:
+        self.heard.append(event)
+
+    def on_view(self, view: View) -> None:
+        self.views.append(view)
+
+
+class Bench:
+    """A supervisor under test, at `now`."""
+
+    def __init__(self, supervisor: RankSupervisor, clock: SimpleNamespace) -> None:
+        self.rank, self._clock = supervisor, clock
+        self.fake: FakeSupervisor = supervisor._supervisor  # pyright: ignore[reportAttributeAccessIssue]
+        self.sender: FakeSender = supervisor._sender  # pyright: ignore[reportAttributeAccessIssue]
+        supervisor.start_services()
+        supervisor._start_process()
+
+    def turn(self, *events: Event, after_s: float = 0.0) -> int | None:
+        """Let the time pass, then act on each event, or look once if there is none."""
+        self._clock.now += after_s
+        for event in events:
+            self.fake.events.put(event)
+        codes = [self.rank._turn() for _ in events or [None]]
+        assert codes[:-1] == [None] * len(codes[:-1])
+        return codes[-1]
+
+    @property
+    def process(self) -> FakeChild:
+        return self.fake.children[SEAT]
+
+    @property
+    def num_starts(self) -> int:
+        return len([child for child in self.fake.started if child.name == SEAT])
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Bench]:
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(module, "Supervisor", FakeSupervisor)
+    monkeypatch.setattr(module, "SignalSender", FakeSender)
+    return lambda make=Seated, **settings: Bench(make(**settings), clock)
+
+
+def test_a_process_that_dies_is_announced_to_all_others_and_started_again_with_the_view(bench, capsys):
+    at = bench()
+    at.turn(said(ViewChanged(VIEW)))
+    assert at.sender.connected == ["signals 0", "signals 2"]
+    assert at.rank.views == [VIEW]
+    at.turn(DYING)
+    assert at.sender.told == [(["signals 0", "signals 2"], PeerDied(1, "i1"))]
+    assert at.turn(exited(-9)) is None
+    assert capsys.readouterr().err == "elastic_moe: rank 1: the process died with code -9; respawn in 2 s\n"
+    assert at.turn(after_s=RESPAWN_S - 0.01) is None
+    assert at.num_starts == 1
+    at.turn(after_s=0.01)
+    assert at.num_starts == 2
+    assert at.rank.starts[0].rejoin is None
+    assert at.rank.starts[1].rejoin == VIEW
+    assert at.rank.starts[0].signals_port == at.rank.starts[1].signals_port > 0
+    at.turn(after_s=100)
+    assert at.num_starts == 2
+
+
+def test_one_that_is_no_member_is_announced_to_nobody(bench):
+    at = bench()
+    at.turn(DYING)
+    at.turn(said(ViewChanged(View(6, (member(0), member(2))))), DYING)
+    at.turn(Event(EventKind.DYING, "other"))
+    assert at.sender.told == []
+
+
+def test_before_it_joined_its_death_is_that_of_the_launch(bench, capsys):
+    at = bench()
+    assert at.turn(exited(1)) == 1
+    assert "rank 1: the process died with code 1 before it joined the group" in capsys.readouterr().err
+
+
+def test_a_refusal_before_it_joined_is_a_users_mistake(bench, capsys):
+    at = bench()
+    assert at.turn(said(Refused("no such model")), exited(2)) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_a_refusal_later_gives_the_rank_up(bench, capsys):
+    at = bench()
+    assert at.turn(said(ViewChanged(VIEW)), said(Refused("disk is full")), exited(2)) is None
+    assert capsys.readouterr().err == "elastic_moe: rank 1: given up (disk is full); the others go on without it\n"
+    at.turn(after_s=1000)
+    assert at.num_starts == 1
+
+
+def die_quickly(at: Bench) -> int | None:
+    code = at.turn(DYING, exited(-9))
+    at.turn(after_s=RESPAWN_S)
+    return code
+
+
+def test_after_too_many_quick_deaths_the_rank_is_given_up(bench, capsys):
+    at = bench()
+    at.turn(said(ViewChanged(VIEW)))
+    assert [die_quickly(at) for _ in range(3)] == [None] * 3
+    assert at.num_starts == 3
+    at.turn(after_s=1000)
+    assert at.num_starts == 3
+    assert "rank 1: given up (it died 3 times within 60 s of its start)" in capsys.readouterr().err
+
+
+def test_a_life_is_counted_from_its_own_start(bench):
+    at = bench()
+    at.turn(said(ViewChanged(VIEW)))
+    for _ in range(6):
+        at.turn(after_s=QUICK_DEATH_S - RESPAWN_S)
+        assert at.turn(DYING, exited(-9), after_s=RESPAWN_S) is None
+        at.turn(after_s=RESPAWN_S)
+    assert at.num_starts == 7
+
+
+def test_a_process_without_beats_is_killed_once(bench, capsys):
+    at = bench()
+    at.turn(after_s=1000)
+    at.turn(said(Beat(1, working=False)))
+    at.turn(after_s=4.0)
+    assert at.process.killed == 0
+    at.turn(after_s=0.1)
+    assert at.process.killed == 1
+    line = "elastic_moe: rank 1: the process (pid 77) is without a beat for 4.1 s; killing it\n"
+    assert capsys.readouterr().err == line
+    at.turn(after_s=10)
+    assert at.process.killed == 1
+
+
+def test_a_process_without_progress_is_killed_unless_it_waits(bench):
+    at = bench()
+    for _ in range(20):
+        at.turn(said(Beat(1, working=False)), after_s=0.5)
+    for _ in range(8):
+        at.turn(said(Beat(1, working=True)), after_s=0.5)
+    assert at.process.killed == 0
+    at.turn(said(Beat(1, working=True)), after_s=0.5)
+    assert at.process.killed == 1
+
+
+def test_the_beats_of_one_life_do_not_count_against_the_next(bench):
+    at = bench()
+    at.turn(said(ViewChanged(VIEW)), said(Beat(1, working=True)), DYING, exited(-9))
+    at.turn(after_s=RESPAWN_S)
+    at.turn(after_s=100)
+    assert (at.num_starts, at.process.killed) == (2, 0)
+
+
+def test_a_process_that_died_is_not_called_hung_while_it_waits_for_its_respawn(bench, capsys):
+    at = bench(max_quick_deaths=9)
+    at.turn(said(ViewChanged(VIEW)))
+    for _ in range(6):
+        at.turn(said(Beat(1, working=True)), DYING, exited(-9))
+        for _ in range(64):
+            at.turn(after_s=0.5)
+    assert at.num_starts == 7
+    assert {child.killed for child in at.fake.started} == {0}
+    assert "killing it" not in capsys.readouterr().err
+
+
+def test_a_late_beat_of_the_last_life_does_not_count_against_the_next(bench):
+    at = bench()
+    at.turn(said(ViewChanged(VIEW)), exited(-9), said(Beat(1, working=True)))
+    at.turn(after_s=RESPAWN_S)
+    at.turn(after_s=100)
+    assert at.process.killed == 0
+
+
+def test_what_does_not_concern_the_seat_is_handed_on(bench):
+    at = bench()
+    ready = said(Ready("http://"), "front end")
+    at.turn(ready, said(Beat(1, working=True)), said(ViewChanged(VIEW)))
+    assert at.rank.heard == [ready]
+
+
+def test_a_lighthouse_is_started_beside_the_rank_and_again_and_knows_the_deadlines(bench):
+    at = bench(keeps_lighthouse=True)
+    (first,) = [child for child in at.fake.started if child.name == LIGHTHOUSE]
+    url = at.rank.starts[0].lighthouse
+    wanted = ["--bind", url.removeprefix("http://"), "--join-timeout-ms", "60000", "--heartbeat-timeout-ms", "1000"]
+    assert url.startswith("http://127.0.0.1:")
+    assert first.command == [sys.executable, "-m", "elastic_moe.supervision.lighthouse", *wanted]
+    assert at.turn(exited(1, LIGHTHOUSE)) is None
+    again = at.fake.children[LIGHTHOUSE]
+    assert again is not first
+    assert again.command == first.command
+    assert at.turn(exited(1, "another service")) is None
+    assert [child.name for child in at.fake.started].count(LIGHTHOUSE) == 2
+
+
+def test_without_one_there_is_no_lighthouse(bench):
+    at = bench()
+    assert [child.name for child in at.fake.started] == [SEAT]
+    assert at.rank.starts[0] == SeatStart(Launch(1, 3), "", at.rank.starts[0].signals_port, None)
+
+
+def test_a_signal_ends_the_run_and_all_children(bench):
+    at = bench()
+    at.fake.events.put(said(ViewChanged(VIEW)))
+    at.fake.events.put(SIGTERM)
+    assert at.rank.run() == 0
+    assert (at.fake.stopped, at.sender.closed) == (1, True)
+    assert at.rank.views == [VIEW]
+    assert set(at.fake.waits) == {POLL_S}
+    assert at.num_starts == 2, "the bench has started one, and the run another"
+
+
+def test_children_are_stopped_also_when_a_turn_raises(bench, monkeypatch: pytest.MonkeyPatch):
+    at = bench()
+    monkeypatch.setattr(at.rank, "_turn", lambda: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        at.rank.run()
+    assert (at.fake.stopped, at.sender.closed) == (1, True)
+
+
+@pytest.fixture
+def script(bench) -> Bench:
+    def make() -> ScriptSupervisor:
+        return ScriptSupervisor(Launch(1, 3, local_rank=1), ["python", "script.py"], DEADLINES, 1)
+
+    return bench(make)
+
+
+def test_a_script_is_started_unchanged_and_told_its_place(script):
+    assert script.process.command == ["python", "script.py"]
+    assert script.process.fd_variable == "ELASTIC_MOE_SUPERVISOR_FD"
+    assert script.process.sent == [SeatStart(Launch(1, 3, local_rank=1), "", script.process.sent[0].signals_port)]
+
+
+@pytest.mark.parametrize(("events", "code"), [
+    ([exited(0)], 0),
+    ([exited(3)], 3),
+    ([exited(-9)], 137),
+    ([said(ViewChanged(VIEW)), exited(0)], 0),
+    ([said(ViewChanged(VIEW)), exited(3)], None),
+    ([said(ViewChanged(VIEW)), said(Ready("done")), exited(-9)], None),
+    ([said(ViewChanged(VIEW)), said(Done()), exited(3)], 3),
+    ([said(ViewChanged(VIEW)), said(Done()), exited(-11)], 0),
+])  # fmt: skip
+def test_how_a_script_ends_its_rank(script, events, code):
+    assert script.turn(*events) == code
+
+
+def test_a_script_that_is_done_is_no_loss(script):
+    script.turn(said(ViewChanged(VIEW)), said(Done()), DYING)
+    assert script.sender.told == []
+
+
+def test_a_script_that_dies_again_and_again_ends_the_launch(script):
+    script.turn(said(ViewChanged(VIEW)))
+    assert die_quickly(script) is None
+    assert script.turn(DYING, exited(-9)) == 1
+
+
+def test_the_first_rank_of_a_node_has_a_lighthouse_beside_its_script(bench):
+    at = bench(lambda: ScriptSupervisor(Launch(), ["python"], DEADLINES, 1))
+    assert [child.name for child in at.fake.started] == [LIGHTHOUSE, SEAT]
