@@ -88,6 +88,10 @@ class ElasticConfig:
             ok = value is None or 0 < value < math.inf
             _check(ok, f"elastic.{key}", value, "must be more than 0 seconds, and finite")
         self.deadlines(num_ranks=1)
+        _check(self.max_quick_deaths >= 1, "elastic.max_quick_deaths", self.max_quick_deaths, "must be 1 or more")
+        urls = [url for url in self.lighthouse.split(",") if url]
+        ok = all(url.startswith("http://") for url in urls)
+        _check(ok, "elastic.lighthouse", self.lighthouse, "must be empty, or http://HOST:PORT[,http://HOST:PORT...]")
 
     def deadlines(self, num_ranks: int) -> Deadlines:
         """Those of a launch of `num_ranks` ranks that serve.
@@ -101,10 +105,6 @@ class ElasticConfig:
         return Deadlines.of(
             num_ranks, exchange_s=exchange_s, start_s=self.start_timeout_s, ring_s=hang_s, hang_s=hang_s
         )
-        _check(self.max_quick_deaths >= 1, "elastic.max_quick_deaths", self.max_quick_deaths, "must be 1 or more")
-        urls = [url for url in self.lighthouse.split(",") if url]
-        ok = all(url.startswith("http://") for url in urls)
-        _check(ok, "elastic.lighthouse", self.lighthouse, "must be empty, or http://HOST:PORT[,http://HOST:PORT...]")
 
 
 @dataclass

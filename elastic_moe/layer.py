@@ -31,8 +31,9 @@ class ElasticMoELayer(nn.Module):
 
         Args:
             hidden_states: [T, D].
-            top_k_index: int64 [T, K], logical experts picked by the router; E means "none" and adds nothing.
-            top_k_weights: [T, K], their weights.
+            top_k_index: int64 [T, K], logical experts picked by the router. "None" is -1 or, as transformers says it,
+                E; so is whatever else is no expert. It adds nothing and does not travel.
+            top_k_weights: [T, K], their weights: finite, also of "none", whose result is zeros.
 
         Returns:
             [T, D] in the dtype of `hidden_states`.
@@ -44,19 +45,18 @@ class ElasticMoELayer(nn.Module):
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.experts.parameters())
         if trains and self._pool.placement.has_replicas:
             raise ValueError("training needs a placement without replicas: replica gradients are not summed yet")
-        self._pool.loads.count(self.layer, top_k_index)
+        is_expert = top_k_index == top_k_index.clamp(0, self.num_experts - 1)
+        experts = torch.where(is_expert, top_k_index, EMPTY)  # from here on -1 is the only "none"
+        self._pool.loads.count(self.layer, experts)
         exchange = self._pool.exchange
-        last = self.num_experts - 1
-        slots = self._pool.registry.choose_slots(self.layer, top_k_index.clamp(max=last))
+        slots = self._pool.registry.choose_slots(self.layer, experts)
         fused = self.experts.fused(hidden_states) if self._pool.placement.num_ranks == 1 else None
         if fused is not None:  # all slots are this rank's own: nothing to exchange
-            slots = slots.masked_fill(top_k_index > last, EMPTY)
             return fused.compute_routed(hidden_states, slots, top_k_weights)
         sent = exchange.dispatch(hidden_states, slots)
         results = exchange.combine(self.experts(sent.rows, sent.offsets, sent.expected_rows), sent.ticket)
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-        weights = top_k_weights.to(dtype).masked_fill(top_k_index > last, 0.0)
-        weighted = results.to(dtype) * weights.unsqueeze(-1)
+        weighted = results.to(dtype) * top_k_weights.to(dtype).unsqueeze(-1)
         return weighted.sum(dim=1).to(hidden_states.dtype)
 
     def join_idle(self) -> None:

@@ -11,8 +11,9 @@ import torch
 class Dispatched:
     """What arrived at this rank, grouped by its own slots.
 
-    `rows` [M, D] belong to slot 0, then slot 1, ...; `offsets` int32 [S] are the ends of the groups. Rows past
-    `offsets[-1]` are padding: whatever is computed from them is ignored. `ticket` is the exchange's own business.
+    `rows` [M, D] belong to slot 0, then slot 1, ..., those of a slot run by source, then by pair (t, k);
+    `offsets` int32 [S] are the ends of the groups. Rows past `offsets[-1]` are padding: whatever is computed from them
+    is ignored. `ticket` is the exchange's own business.
     `expected_rows` is how many rows are likely to count: a hint for whoever computes them, who may not look.
     """
 
@@ -25,6 +26,11 @@ class Dispatched:
 class TokenExchange(ABC):
     """One implementation per way of moving tokens. All ranks of a group call the same methods in the same order.
 
+    A slot is one of a member of the group, or -1, which is nobody's: such a pair (t, k) sends nothing and its result is
+    zeros, whatever the token holds. A token whose K slots are all -1 does not travel. No other slot may be given, for
+    the placement of an epoch uses slots of its members only: an exchange that sees the counts on the host raises
+    ValueError, one that never looks sends nothing and leaves the pair's result undefined.
+
     The interface leaves shapes to the implementation: a collective one returns exactly the rows that came; one of
     fixed shape (capturable in a CUDA graph) returns a full buffer and says by `offsets` what of it counts.
     """
@@ -35,10 +41,11 @@ class TokenExchange(ABC):
 
         Args:
             hidden: [T, D] tokens of this rank.
-            slots: int64 [T, K] physical slots, each 0..P-1.
+            slots: int64 [T, K] physical slots of members, or -1.
 
         Raises:
             PeerLost: a peer died, left, or missed the deadline.
+            ValueError: a slot is neither -1 nor of a member, see the class for who can tell.
         """
 
     @abstractmethod
@@ -50,7 +57,7 @@ class TokenExchange(ABC):
             ticket: of the `Dispatched` they answer.
 
         Returns:
-            [T, K, D]: for each token the results of its K experts, in the order of K.
+            [T, K, D]: for each token the results of its K experts, in the order of K; zeros for a slot of -1.
 
         Raises:
             PeerLost: a peer died, left, or missed the deadline.

@@ -5,6 +5,16 @@ last, by telling all live peers (a release that covers what every program wrote,
 release before) and waiting until all of them have told the same (an acquire). Waiting is one program's business, so
 ranks that share a GPU cannot starve each other, and no launch must be resident as a whole.
 
+A flag is an int64 that one peer writes and this rank reads, one for each peer and for dispatch and combine apart. Its
+value is epoch << 32 | call: the number of the dispatch in its epoch, which its combine shares. Values only rise, so
+nothing is ever set back, and a waiter asks for "at least", not "equal":
+- a peer may be a call ahead, and tell dispatch n + 1 while this rank still looks for combine n: that is another flag.
+  It is never further ahead, for it waits for this rank in each call;
+- whatever an older epoch left, however many calls it had, is less than the first value of the next. So the flag of a
+  seat needs no clearing when a newcomer takes it, and the late word of one who was left behind frees nobody.
+Hence no phase bits, which would have to be set back after a loss, and no ring of buffers: `symmetric_kernels` says why
+one of each is enough.
+
 A peer that does not tell in time sets its bit in ERROR, and from then on, until the next epoch, no kernel sends, tells
 or waits. Whatever a branch with a barrier inside depends on is read where nobody can change it, or is agreed on by all
 warps first.
@@ -23,12 +33,20 @@ ERROR = 4
 FINISHED = 5
 ABORT = 6
 STATE_SIZE = 7
-"""Fields of the state, int64, local to the rank. ALIVE and ERROR have a bit for each seat. ABORT is the address of an
-int64 in host memory: like the fence, epochs below it are over."""
+"""Fields of the state, int64, local to the rank. `SymmetricExchange.enter` writes all, kernels SEQUENCE,
+ERROR and FINISHED:
+- EPOCH: of the view; never changes within an epoch.
+- SEQUENCE: dispatches of this epoch. It is counted on the device, for a graph is replayed without a word from the host.
+- PATIENCE_NS: how long one wait may take.
+- ALIVE: a bit for each seat, of the members of the view, this rank too: it tells itself like all others.
+- ERROR: 0, or a bit for each seat that was late, and what follows below; it stays until the next epoch.
+- FINISHED: programs of the running launch that are done; the last one sets it back to 0 for the next launch.
+- ABORT: the address of an int64 in host memory: like the fence, epochs below it are over."""
 
 OVERFLOW = 1 << 40
 LEFT = 1 << 41
-"""More in ERROR: a peer sent more than was agreed; this rank was told that the epoch is over."""
+"""More in ERROR, above the bits of the seats: more rows came than there is room for; this rank was told that the epoch
+is over."""
 
 _EPOCH = tl.constexpr(EPOCH)
 _SEQUENCE = tl.constexpr(SEQUENCE)
@@ -79,7 +97,11 @@ def peer_row(table_ptr, seat, offset, dtype: tl.constexpr):
 
 @triton.jit
 def is_last(state_ptr):
-    """Whether all other programs of this launch have finished; whatever they wrote is seen, here and by peers told."""
+    """Whether all other programs of this launch have finished; whatever they wrote is seen, here and by peers told.
+
+    The barrier puts the writes of all warps before the count, which one thread makes. The count releases them, those to
+    peers too, and acquires what was counted before: who counts last has seen everything, and may tell.
+    """
     tl.debug_barrier()
     before = tl.atomic_add(state_ptr + _FINISHED, 1, sem="acq_rel", scope="sys")
     last = before == tl.num_programs(0) - 1
@@ -90,7 +112,10 @@ def is_last(state_ptr):
 
 @triton.jit
 def tell(table_ptr, at_flags, rank, live, value, SEATS_PAD: tl.constexpr):
-    """Raise this rank's flag at every live peer."""
+    """Raise this rank's flag at every live peer: flag number `rank` of the row `at_flags` in that peer's buffer.
+
+    An exchange and not a store, for Triton gives atomics alone a release; over the system, for the peer is another GPU.
+    """
     seats = tl.arange(0, SEATS_PAD)
     told = has(seats, live)
     flags = peer(table_ptr, seats, at_flags + rank * 8, told, tl.int64)
@@ -110,7 +135,9 @@ def wait(state_ptr, buffer_ptr, at_flags, live, value, SEATS_PAD: tl.constexpr):
     """Wait for the flags of the live peers, at most PATIENCE_NS, or until somebody says that the epoch is over: a peer
     at the fence, or this process at its ABORT word, which is in host memory and looked at less often.
 
-    Returns ERROR, the same in all warps: they leave the loop on their own, then the worst of them counts.
+    Returns ERROR, the same in all warps: each polls for itself, so one may see the last flag and another the deadline.
+    What follows has barriers inside, where warps that disagree would never meet: the maximum over 1024 lanes, more than
+    one warp has, makes the worst of them count.
     """
     epoch = tl.load(state_ptr + _EPOCH)
     patience = tl.load(state_ptr + _PATIENCE_NS)

@@ -82,7 +82,6 @@ class SymmetricExchange(TokenExchange):
         self._timeout_s = timeout_s
         self._fp8 = fp8
         self._slots_per_rank = 0
-        self._bound = layout.max_tokens
         self._epoch = -1
         self._memory = PeerMemory(_name(incarnation), rank, layout.num_seats, layout.num_bytes, device)
         self._state = torch.zeros(STATE_SIZE, dtype=torch.int64, device=device)
@@ -144,29 +143,20 @@ class SymmetricExchange(TokenExchange):
             torch.cuda.synchronize(self._device)
             self._state.copy_(state)
 
-    def agree_on_tokens(self, num_tokens: int) -> None:
-        """No rank dispatches more than `num_tokens` in a call from now on; all ranks say the same. Makes M smaller.
-
-        Raises:
-            ValueError: not 1..max_tokens.
-        """
-        if not 1 <= num_tokens <= self._layout.max_tokens:
-            raise ValueError(f"tokens of a call must be 1..{self._layout.max_tokens}, got {num_tokens}")
-        self._bound = num_tokens
-
     def dispatch(self, hidden: torch.Tensor, slots: torch.Tensor) -> Dispatched:
-        """See `TokenExchange.dispatch`. A slot of -1 sends nothing.
+        """See `TokenExchange.dispatch`. Slots are not looked at by the host: one of no member is not noticed.
 
-        `rows` has room for all that could come; rows of a slot run by source, then token, whatever came first.
+        `rows` has room for all that could come. With S < K the slots of a token must differ, as those of different
+        experts do; if they do not, and too many rows come, `check` says so.
 
         Raises:
-            ValueError: more tokens than reserved or agreed on, another K, D or dtype, or a gradient is wanted.
+            ValueError: more tokens than reserved, another K, D or dtype, or a gradient is wanted.
         """
         layout, num_tokens = self._layout, hidden.shape[0]
         shape = (num_tokens, layout.top_k)
-        if num_tokens > self._bound or hidden.shape[1] != layout.hidden_size or hidden.dtype != self._dtype:
+        if num_tokens > layout.max_tokens or hidden.shape[1] != layout.hidden_size or hidden.dtype != self._dtype:
             raise ValueError(
-                f"takes at most {self._bound} tokens of {layout.hidden_size} {self._dtype}, "
+                f"takes at most {layout.max_tokens} tokens of {layout.hidden_size} {self._dtype}, "
                 f"got {tuple(hidden.shape)} {hidden.dtype}"
             )
         if num_tokens and slots.shape != shape:
@@ -174,7 +164,7 @@ class SymmetricExchange(TokenExchange):
         if hidden.requires_grad and torch.is_grad_enabled():
             raise ValueError("a symmetric exchange has no gradient: train with exchange.kind=collective")
         hidden, slots = hidden.contiguous(), slots.contiguous()
-        max_rows = layout.max_rows(self._bound, self._slots_per_rank)
+        max_rows = layout.max_rows(layout.max_tokens, self._slots_per_rank)
         rows = hidden.new_empty((max_rows, layout.hidden_size))
         offsets = torch.empty(self._slots_per_rank, dtype=torch.int32, device=self._device)
         self._send(hidden, slots, offsets, max_rows)
@@ -183,7 +173,7 @@ class SymmetricExchange(TokenExchange):
         return Dispatched(rows, offsets, _Ticket(slots, offsets), min(even, max_rows))
 
     def combine(self, rows: torch.Tensor, ticket: Any) -> torch.Tensor:
-        """See `TokenExchange.combine`: zeros for a slot of -1.
+        """See `TokenExchange.combine`.
 
         The result lies in the exchange's own buffer: it is valid until this rank's next `dispatch`.
         """
@@ -222,7 +212,8 @@ class SymmetricExchange(TokenExchange):
         if error & LEFT:
             raise PeerLost(f"{where} broke off: this rank has left the epoch, or was left behind")
         if error & OVERFLOW:
-            raise PeerLost(f"{where} broke off: a peer sent more than {self._bound} tokens")
+            room = f"{self._layout.max_tokens} tokens of every rank, each to different slots"
+            raise PeerLost(f"{where} broke off: more rows came than there is room for: {room}")
         silent = [rank for rank in range(self._layout.num_seats) if error >> rank & 1]
         raise PeerLost(f"{where} broke off: ranks {silent} missed the deadline of {self._timeout_s} s")
 
@@ -278,7 +269,7 @@ class SymmetricExchange(TokenExchange):
 
     def _place(self, rows: torch.Tensor) -> None:
         layout = self._layout
-        _kernels.place_rows[(min(self._bound * layout.num_seats, self._programs),)](
+        _kernels.place_rows[(min(layout.max_tokens * layout.num_seats, self._programs),)](
             self._memory.local,
             self._begins,
             self._tokens,

@@ -2,8 +2,12 @@
 
 `dispatch_tokens` and `return_results` end as `signal_kernels` says: by telling all live peers and waiting for them. So
 - nobody reads arrivals before they are complete, nor results;
-- a peer's arrivals are overwritten by call n + 1 only after it told the end of combine n, so after it read them; its
-  results only after it began dispatch n + 1, so after it used them. One buffer of each is enough.
+- what a peer got in dispatch n (counts, choices, arrivals) is overwritten by dispatch n + 1 only after it told the end
+  of combine n, so after it read them; its results by combine n + 1 only after it told the end of dispatch n + 1, so
+  after it used them. One buffer of each is enough: no ring.
+
+The flags have a row for dispatch and, SEATS_PAD behind, one for combine. Both kernels of call n tell the same value, so
+in one row the flag of dispatch n would do for combine n.
 """
 
 # pyright: reportMissingImports=false, reportPossiblyUnboundVariable=false
@@ -230,7 +234,7 @@ def dispatch_tokens(
             table_ptr, hidden_ptr, slots_ptr, live, program - chunks, tl.num_programs(0) - chunks, num_tokens,
             num_slots, rank, max_tokens, at_arrivals, TOP_K, K_PAD, SEATS, D, D_PAD, ROW_BYTES, FP8,
         )
-    if is_last(state_ptr):
+    if is_last(state_ptr):  # nobody else touches SEQUENCE: no atomic
         sequence = tl.load(state_ptr + _SEQUENCE) + 1
         tl.store(state_ptr + _SEQUENCE, sequence)
         value = (tl.load(state_ptr + _EPOCH) << 32) + sequence
@@ -339,7 +343,7 @@ def return_results(
                     result = buffer_ptr + at_results + tl.cast(begin + lane, tl.int64) * ROW_BYTES
                     result = result.to(tl.pointer_type(rows_ptr.dtype.element_ty))
                     tl.store(result + columns, tl.zeros((D_PAD,), rows_ptr.dtype.element_ty), mask=columns < D)
-    if is_last(state_ptr):
+    if is_last(state_ptr):  # the value that its dispatch told, in the other row
         value = (tl.load(state_ptr + _EPOCH) << 32) + tl.load(state_ptr + _SEQUENCE)
         tell(table_ptr, at_flags + SEATS_PAD * 8, rank, live, value, SEATS_PAD)
         wait(state_ptr, buffer_ptr, at_flags + SEATS_PAD * 8, live, value, SEATS_PAD)

@@ -4,6 +4,14 @@ A tile is BM = 128 rows by BN columns of weights. The loader runs ahead through 
 of tiles, so the next tile loads while the last one is written. Each of the two multiplying warpgroups owns 64 rows
 and leaves a tile alone that has none for it: a group's last tile costs what its rows cost, rounded up to 64.
 
+A ring of n buffers has two mbarriers for each: `full`, counted by the loader (and by the bytes as they land), and
+`empty`, counted by both warpgroups. Each turn through the ring completes one phase of each of them, and what waits
+gives the parity of the phase it needs, 0 first: the number of its turn modulo 2. Both sides keep stage and parity by
+themselves, in step, for both see the same tiles and parts of K. A new barrier is in phase 0, and that before it passes
+for completed: the loader begins with parity 1 and finds the whole ring empty, the others with 0 and wait for the first
+load. One bit is enough since nobody can be two turns behind: a buffer is filled again only when both have given it
+back. The numbers of the tiles travel the same way, through a ring of DEALT.
+
 Tiles are dealt by a counter, in order, to whoever is free: the tiles that share weights are at work at the same time
 and find them in the L2 cache. (Dealt by turns the programs drift apart; weights then came twice from memory.)
 """
@@ -24,7 +32,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from elastic_moe.experts.triton_kernels import gate_with
 
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # renamed in Triton 3.7
-DEALT = gl.constexpr(2)  # tiles the loader may be ahead
+DEALT = gl.constexpr(2)  # tiles the loader may be ahead: the ring of their numbers
 
 
 @gluon.jit
@@ -89,7 +97,7 @@ def _load(
     tiles_n = (N + BN - 1) // BN
     slots, begins, ends, tile_ends, num_tiles = _tile_table(offsets_ptr, num_slots, tiles_n, S_PAD, BM, WARPS)
     stage = 0
-    phase = 1
+    phase = 1  # of `empty`: the first turn waits for nobody
     turn = 0
     tile = gl.program_id(0)
     while tile < num_tiles:
@@ -130,7 +138,7 @@ def _load(
                 phase ^= 1
         tile = gl.num_programs(0) + gl.atomic_add(next_ptr, 1, sem="relaxed")
         place = turn % DEALT
-        mbarrier.wait(dealt_empty.index(place), (turn // DEALT + 1) & 1)
+        mbarrier.wait(dealt_empty.index(place), (turn // DEALT + 1) & 1)  # 1 first, like `phase`
         dealt.index(place).store(gl.full([1], 0, gl.int32, single) + tile)
         barrier()
         mbarrier.arrive(dealt_full.index(place))
@@ -165,6 +173,7 @@ def _multiply_tile(
 
 @gluon.jit
 def _pass_tile(stage, phase, full, empty, K, BK: gl.constexpr, STAGES: gl.constexpr):
+    """Give back a tile of which this warpgroup has no rows: `empty` counts two, and stage and phase stay in step."""
     for _ in range(0, K, BK):
         mbarrier.wait(full.index(stage), phase)
         barrier()
@@ -205,7 +214,7 @@ def _multiply(
     width = tiles_n * WIDTH
     slots, begins, ends, tile_ends, num_tiles = _tile_table(offsets_ptr, num_slots, tiles_n, S_PAD, BM, 4)
     stage = 0
-    phase = 0
+    phase = 0  # of `full`: the first turn waits for the first load
     turn = 0
     tile = gl.program_id(0)
     while tile < num_tiles:
@@ -263,7 +272,7 @@ def grouped_gemm(
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=129 if GATHER else 1)  # 128 copying threads and the TMA's bytes
-        mbarrier.init(empty.index(stage), count=2)
+        mbarrier.init(empty.index(stage), count=2)  # the two warpgroups
     dealt = gl.allocate_shared_memory(gl.int32, [DEALT, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     dealt_full = gl.allocate_shared_memory(gl.int64, [DEALT, 1], mbarrier.MBarrierLayout())
     dealt_empty = gl.allocate_shared_memory(gl.int64, [DEALT, 1], mbarrier.MBarrierLayout())

@@ -15,19 +15,20 @@ class LoadCounter:
     address of the counts never changes, so a CUDA graph may add too."""
 
     def __init__(self, num_layers: int, num_experts: int, device: torch.device) -> None:
-        self._counts = torch.zeros((num_layers, num_experts + 1), dtype=torch.int64, device=device)
+        self._counts = torch.zeros((num_layers, 1 + num_experts), dtype=torch.int64, device=device)
+        """First those of -1, which nobody reads: to leave them out would take a word to the host."""
         self._one = torch.ones(1, dtype=torch.int64, device=device)
         self._lock = threading.Lock()
 
     def count(self, layer: int, top_k_index: torch.Tensor) -> None:
-        """Add the choices of a router: int64 [T, K] logical experts, E for "none"."""
-        chosen = top_k_index.reshape(-1)
+        """Add the choices of a router: int64 [T, K] logical experts, or -1, which does not count."""
+        chosen = top_k_index.reshape(-1) + 1
         self._counts[layer].scatter_add_(0, chosen, self._one.expand(chosen.shape[0]))
 
     def read(self) -> np.ndarray:
         """int64 [L, E], a copy. Waits for the device, and until counting goes on; from any thread."""
         with self._lock:
-            return self._counts[:, :-1].cpu().numpy().copy()
+            return self._counts[:, 1:].cpu().numpy().copy()
 
     @contextlib.contextmanager
     def stopped(self) -> Iterator[None]:

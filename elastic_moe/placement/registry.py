@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from elastic_moe.placement.dispatch import dispatch_tables
-from elastic_moe.placement.placement import Placement
+from elastic_moe.placement.placement import EMPTY, Placement
 from elastic_moe.placement.topology import Topology
 
 
@@ -32,12 +32,13 @@ class PlacementRegistry:
         self.rank = rank
         self.topology = topology
         self._placement = placement
-        shape = (placement.num_layers, placement.num_experts)
-        self._choices = torch.empty((*shape, topology.num_ranks), dtype=torch.int64, device=device)
-        self._num_choices = torch.empty(shape, dtype=torch.int64, device=device)
+        # The row behind the last expert says what "none" becomes, and is where an index of -1 looks.
+        shape = (placement.num_layers, placement.num_experts + 1)
+        self._choices = torch.full((*shape, topology.num_ranks), EMPTY, dtype=torch.int64, device=device)
+        self._num_choices = torch.ones(shape, dtype=torch.int64, device=device)
         choices, counts = dispatch_tables(placement, rank, topology)
-        self._choices.copy_(torch.from_numpy(choices))
-        self._num_choices.copy_(torch.from_numpy(counts))
+        self._choices[:, :-1].copy_(torch.from_numpy(choices))
+        self._num_choices[:, :-1].copy_(torch.from_numpy(counts))
 
     @property
     def placement(self) -> Placement:
@@ -45,7 +46,8 @@ class PlacementRegistry:
         return self._placement
 
     def choose_slots(self, layer: int, expert_index: torch.Tensor) -> torch.Tensor:
-        """The slot each token's expert is computed in: int64 [T, K] experts -> int64 [T, K] slots. No host sync."""
+        """The slot each token's expert is computed in: int64 [T, K] experts -> int64 [T, K] slots, -1 to -1. No host
+        sync; experts are -1..E-1."""
         tokens = torch.arange(expert_index.shape[0], device=expert_index.device)[:, None]
         turn = tokens % self._num_choices[layer][expert_index]
         return self._choices[layer][expert_index, turn]
@@ -81,8 +83,8 @@ class PlacementRegistry:
                 f"placement for {placement.num_ranks} ranks, but the topology has {self.topology.num_ranks}"
             )
         for row, layer in enumerate(tables.layers.tolist()):
-            self._choices[layer].copy_(tables.choices[row])
-            self._num_choices[layer].copy_(tables.num_choices[row])
+            self._choices[layer, :-1].copy_(tables.choices[row])
+            self._num_choices[layer, :-1].copy_(tables.num_choices[row])
         self._placement = placement
 
     def check_integrity(self) -> None:
@@ -93,8 +95,8 @@ class PlacementRegistry:
         """
         self._placement.check_integrity()
         choices, counts = dispatch_tables(self._placement, self.rank, self.topology)
-        same = torch.equal(self._choices.cpu(), torch.from_numpy(choices).long()) and torch.equal(
-            self._num_choices.cpu(), torch.from_numpy(counts).long()
-        )
+        wanted = np.pad(choices, ((0, 0), (0, 1), (0, 0)), constant_values=EMPTY)
+        num_wanted = np.pad(counts, ((0, 0), (0, 1)), constant_values=1)
+        same = np.array_equal(self._choices.cpu(), wanted) and np.array_equal(self._num_choices.cpu(), num_wanted)
         if not same:
             raise ValueError(f"dispatch tables differ from placement version {self._placement.version}")

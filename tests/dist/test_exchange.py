@@ -1,93 +1,82 @@
-"""CollectiveExchange on 2 to 4 gloo ranks: routes by formula, zero tokens, seats with holes, silent and dead peers."""
+"""CollectiveExchange on 1 to 4 gloo ranks: the table of cases, its gradients, silent and dead peers."""
 
+import contextlib
 import os
 import signal
 import threading
 import time
 
 import pytest
+import msgspec
 import torch
+from support.exchange_cases import SETUPS, Setup, check_gradients, conform, expected_scale_gradients
 from support.harness import run_ranks
 
 from elastic_moe.deadlines import Deadlines
 from elastic_moe.errors import PeerLost
 from elastic_moe.exchange.collective import CollectiveExchange
-from elastic_moe.membership.launch import SeatStart
 from elastic_moe.group.epoch_groups import EpochGroups
-from elastic_moe.membership.launch import Launch
-from elastic_moe.membership.rendezvous import Seat, meet
 from elastic_moe.group.view import Member, View
+from elastic_moe.membership.launch import Launch, SeatStart
+from elastic_moe.membership.rendezvous import Seat, meet
 
 HIDDEN = 5
 
 
-def build(launch, timeout_s=20.0):
+def build(launch, timeout_s=20.0, ranks=()):
+    """`ranks` are the seats, where they are others than 0, 1, ..."""
     seat = Seat(SeatStart(launch))
     view = meet(launch, seat.member, 30)
-    return seat, view, EpochGroups(view, launch.rank, torch.device("cpu"), Deadlines.of(launch.world_size, exchange_s=timeout_s)).build()
+    if ranks:
+        members = zip(view.members, ranks, strict=True)
+        view = View(view.epoch, tuple(msgspec.structs.replace(member, rank=rank) for member, rank in members))
+    deadlines = Deadlines.of(launch.world_size, exchange_s=timeout_s)
+    groups = EpochGroups(view, view.ranks[launch.rank], torch.device("cpu"), deadlines).build()
+    return seat, view, groups
 
 
-def routes(rank, num_tokens, num_slots, top_k, ranks):
-    generator = torch.Generator().manual_seed(rank)
-    hidden = torch.randn((num_tokens, HIDDEN), generator=generator)
-    valid = torch.tensor([r * num_slots + s for r in ranks for s in range(num_slots)])
-    return hidden, valid[torch.randint(len(valid), (num_tokens, top_k), generator=generator)]
-
-
-def round_trip(launch, num_tokens, slots_per_rank, top_k):
-    seat, view, groups = build(launch)
-    exchange = CollectiveExchange(groups.data, view.ranks, slots_per_rank)
-    for turn in range(3):
-        hidden, slots = routes(launch.rank + 10 * turn, num_tokens[launch.rank], slots_per_rank, top_k, view.ranks)
-        sent = exchange.dispatch(hidden, slots)
-        assert sent.offsets.dtype == torch.int32
-        assert int(sent.offsets[-1]) == sent.rows.shape[0]
-        slot = torch.searchsorted(sent.offsets, torch.arange(len(sent.rows)), right=True) + launch.rank * slots_per_rank
-        answer = torch.cat([sent.rows, slot[:, None].float()], dim=1)
-        back = exchange.combine(answer, sent.ticket)
-        assert back.shape == (num_tokens[launch.rank], top_k, HIDDEN + 1)
-        assert torch.equal(back[..., :HIDDEN], hidden[:, None].expand(-1, top_k, -1))
-        assert torch.equal(back[..., HIDDEN].long(), slots)
+@contextlib.contextmanager
+def open_collective(launch, setup):
+    _seat, view, groups = build(launch, ranks=setup.ranks)
+    yield CollectiveExchange(groups.data, view.ranks, setup.slots_per_rank), torch.device("cpu")
     groups.control.barrier()
+
+
+@pytest.mark.parametrize("setup", SETUPS, ids=str)
+def test_collective(setup):
+    assert all(run_ranks(conform, len(setup.ranks), open_collective, setup))
+
+
+def gradients(launch, setup):
+    with open_collective(launch, setup) as (exchange, _):
+        return check_gradients(exchange, setup, setup.ranks[launch.rank])
+
+
+@pytest.mark.parametrize("setup", [setup for setup in SETUPS if setup.dtype == torch.float32], ids=str)
+def test_gradients_equal_those_of_one_process(setup):
+    of_ranks = run_ranks(gradients, len(setup.ranks), setup)
+    for parts, wanted in zip(zip(*of_ranks, strict=True), expected_scale_gradients(setup), strict=True):
+        assert torch.equal(torch.stack(parts).sum(0), wanted)
+
+
+def refuse_strays(launch):
+    """Of seats 0 and 2 with 2 slots each; both ranks are wrong, so nobody waits for the other's rows."""
+    with open_collective(launch, Setup((0, 2), slots_per_rank=2)) as (exchange, _):
+        for stray in (2, 3, 6, 99, -2):
+            match = rf"slots \[{stray}\] are none of ranks \[0, 2\] with 2 slots each"
+            with pytest.raises(ValueError, match=match):
+                exchange.dispatch(torch.zeros((3, HIDDEN)), torch.tensor([[0, 5], [stray, stray], [-1, 1]]))
     return True
 
 
-@pytest.mark.parametrize(
-    ("num_tokens", "slots_per_rank", "top_k"),
-    [([4, 4], 3, 2), ([0, 7], 2, 1), ([5, 0, 3], 1, 3), ([0, 0, 0, 0], 2, 2), ([100, 1, 0, 17], 4, 8)],
-)
-def test_every_token_reaches_its_slot_and_comes_back(num_tokens, slots_per_rank, top_k):
-    assert all(run_ranks(round_trip, len(num_tokens), num_tokens, slots_per_rank, top_k))
-
-
-def with_a_hole(launch):
-    """Seats 0, 2 and 5 of six: group ranks 0, 1, 2."""
-    seat = Seat(SeatStart(launch))
-    view = meet(launch, seat.member, 30)
-    members = tuple(
-        type(m)(rank, m.node, m.incarnation, m.pid, m.host, m.signals, m.store)
-        for m, rank in zip(view.members, (0, 2, 5), strict=True)
-    )
-    view, rank = View(2, members), (0, 2, 5)[launch.rank]
-    groups = EpochGroups(view, rank, torch.device("cpu"), Deadlines()).build()
-    exchange = CollectiveExchange(groups.data, view.ranks, 2)
-    hidden, slots = routes(rank, 6, 2, 2, view.ranks)
-    sent = exchange.dispatch(hidden, slots)
-    back = exchange.combine(sent.rows + rank, sent.ticket)
-    owners = (slots // 2)[..., None].float()
-    torch.testing.assert_close(back, hidden[:, None] + owners, rtol=0, atol=0)
-    groups.control.barrier()
-    return True
-
-
-def test_seats_may_have_holes():
-    assert all(run_ranks(with_a_hole, 3))
+def test_a_slot_of_no_member_is_refused():
+    assert all(run_ranks(refuse_strays, 2))
 
 
 def lose_peer(launch, victim, how, timeout_s):
     seat, view, groups = build(launch, timeout_s)
     exchange = CollectiveExchange(groups.data, view.ranks, 2)
-    hidden, slots = routes(launch.rank, 4, 2, 2, view.ranks)
+    hidden, slots = torch.ones((4, HIDDEN)), torch.arange(8).view(4, 2) % 6
     exchange.dispatch(hidden, slots)
     groups.control.barrier()
     if launch.rank == victim:

@@ -99,6 +99,50 @@ def test_where_an_expert_lives_does_not_change_the_result():
         assert torch.equal(alone, spread)
 
 
+NONE = (-1, EXPERTS, EXPERTS + 5, -7)
+"""What a router may say for "none"."""
+
+
+def with_none(rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Six tokens, of which some pairs and one whole token are for nobody; on rank 1 all are."""
+    hidden, index, weights = tokens_of(rank, 6, torch.float64)
+    generator = torch.Generator().manual_seed(rank)
+    none = torch.rand(index.shape, generator=generator) < 0.4
+    none[2] = True
+    none |= torch.tensor(rank == 1)
+    said = torch.tensor(NONE)[torch.randint(len(NONE), index.shape, generator=generator)]
+    hidden[none.all(1)] = torch.nan
+    return hidden, torch.where(none, said, index), weights
+
+
+def forward_with_none(launch, redundant):
+    runtime = ElasticRuntime.join(launch, device=torch.device("cpu"), exchange_timeout_s=20)
+    runtime.place(1, EXPERTS, redundant_slots=redundant)
+    layer = wrap(build_experts("qwen3_moe", torch.float64), runtime)
+    came = []
+    layer.experts.register_forward_pre_hook(lambda _, arguments: came.append(len(arguments[0])))
+    with torch.no_grad():
+        result = layer(*with_none(launch.rank))
+    return result, sum(came), torch.from_numpy(runtime.load_counter.read()[0])
+
+
+@pytest.mark.parametrize(("world_size", "redundant"), [(1, 0), (2, 0), (3, 2)])
+def test_none_adds_nothing_does_not_travel_and_does_not_count(world_size, redundant):
+    results, came, counted = zip(*run_ranks(forward_with_none, world_size, redundant), strict=True)
+    reference = build_experts("qwen3_moe", torch.float64)
+    loads = torch.zeros(EXPERTS, dtype=torch.int64)
+    for rank, got in enumerate(results):
+        hidden, index, weights = with_none(rank)
+        chosen = (index >= 0) & (index < EXPERTS)
+        own = torch.bincount(index[chosen], minlength=EXPERTS)
+        assert torch.equal(counted[rank], own)
+        loads += own
+        wanted = reference(hidden.nan_to_num(), index * chosen, weights * chosen)
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+        assert not got[~chosen.any(1)].any()
+    assert 0 < loads.sum() == sum(came)
+
+
 def backward_rank(launch, kind, one_expert):
     runtime = ElasticRuntime.join(launch, device=torch.device("cpu"), exchange_timeout_s=20)
     placement = runtime.place(1, EXPERTS)

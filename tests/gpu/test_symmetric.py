@@ -1,5 +1,6 @@
-"""SymmetricExchange between processes: against gloo and a formula, in a graph, over a SIGKILL, a rejoin, a sleeper."""
+"""SymmetricExchange between processes: the table of cases, gloo, a graph, a SIGKILL, a rejoin, a sleeper."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -12,6 +13,7 @@ from elastic_moe.errors import PeerLost
 
 triton = pytest.importorskip("triton")
 
+from support import exchange_cases  # noqa: E402
 from support.harness import run_ranks  # noqa: E402
 from symmetric_ranks import Seat  # noqa: E402
 
@@ -39,6 +41,28 @@ CASES = [
 ]
 
 
+@contextlib.contextmanager
+def open_symmetric(launch, setup):
+    seat = Seat(
+        launch,
+        setup.ranks[launch.rank],
+        seats=setup.num_seats,
+        slots=setup.slots_per_rank,
+        tokens=exchange_cases.MAX_TOKENS,
+        top_k=setup.top_k,
+        dtype=setup.dtype,
+        hidden=exchange_cases.HIDDEN,
+    )
+    seat.enter(1, setup.ranks)
+    yield seat.exchange, seat.device
+    seat.meet("done", len(setup.ranks))
+
+
+@pytest.mark.parametrize("setup", exchange_cases.SETUPS, ids=str)
+def test_symmetric(setup):
+    assert all(run_ranks(exchange_cases.conform, len(setup.ranks), open_symmetric, setup, deadline_s=150))
+
+
 def round_trips(launch, top_k, hidden_size):
     ranks = tuple(range(launch.world_size))
     seat = Seat(launch, launch.rank, tokens=MAX_TOKENS, top_k=top_k, hidden=hidden_size)
@@ -55,12 +79,11 @@ def round_trips(launch, top_k, hidden_size):
         assert got.offsets.tolist() == ends
         assert torch.equal(got.rows[: ends[-1]].cpu(), rows)
         assert torch.equal(results.cpu(), seat.expected_results(hidden, slots))
-        if not case.get("none") and case.get("skew") != "slot":
-            wanted = gloo.dispatch(hidden.float(), slots)
-            assert torch.equal(got.offsets.cpu(), wanted.offsets)
-            assert torch.equal(got.rows[: ends[-1]].cpu().float(), wanted.rows)
-            back = gloo.combine(seat.compute(wanted.rows.to(seat.dtype), wanted.offsets).float(), wanted.ticket)
-            assert torch.equal(results.cpu().float(), back)
+        wanted = gloo.dispatch(hidden.float(), slots)
+        assert torch.equal(got.offsets.cpu(), wanted.offsets)
+        assert torch.equal(got.rows[: ends[-1]].cpu().float(), wanted.rows)
+        back = gloo.combine(seat.compute(wanted.rows.to(seat.dtype), wanted.offsets).float(), wanted.ticket)
+        assert torch.equal(results.cpu().float(), back)
     groups.control.barrier()
     return True
 

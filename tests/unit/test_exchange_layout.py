@@ -18,7 +18,15 @@ def regions(layout):
     ]
 
 
-@pytest.mark.parametrize("layout", [ExchangeLayout(8, 36, 256, 8, 7168, 2), ExchangeLayout(3, 1, 1, 1, 8, 2)])
+LAYOUTS = [
+    ExchangeLayout(8, 36, 256, 8, 7168, 2),
+    ExchangeLayout(3, 1, 1, 1, 8, 2),
+    *(ExchangeLayout(seats, 31, 4, 8, 64, 2) for seats in range(1, 33)),  # each region a multiple of 128, or nearly so
+    *(ExchangeLayout(seats, 36, 3, 2, 8, 4) for seats in range(1, 33)),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_regions_follow_each_other_without_overlap(layout):
     end = 0
     for offset, num_bytes in regions(layout):
@@ -26,6 +34,26 @@ def test_regions_follow_each_other_without_overlap(layout):
         assert offset % 128 == 0
         end = offset + num_bytes
     assert end <= layout.num_bytes < end + 128
+
+
+@pytest.mark.parametrize("seats", range(1, 33))
+def test_every_source_has_its_own_place_in_every_region(seats):
+    """By the addresses that the kernels compute: nobody's byte is anybody else's, and all lie within the buffer."""
+    layout = ExchangeLayout(seats, 5, 3, 2, 8, 2)
+    own = [range(layout.fence, layout.fence + 8)]
+    for source in range(seats):
+        for flag in (layout.flags, layout.flags + layout.seats_padded * 8):  # of dispatch, of combine
+            own.append(range(flag + source * 8, flag + source * 8 + 8))
+        for at, num_bytes in (
+            (layout.counts, (layout.max_slots + 1) * 4),
+            (layout.choices, layout.max_pairs * 4),
+            (layout.arrivals, layout.max_tokens * layout.row_bytes),
+        ):
+            own.append(range(at + source * num_bytes, at + (source + 1) * num_bytes))
+    own.append(range(layout.results, layout.results + layout.max_pairs * layout.row_bytes))
+    used = [byte for part in own for byte in part]
+    assert len(used) == len(set(used))
+    assert max(used) < layout.num_bytes
 
 
 def test_reserved_bytes_are_those_of_all_tokens_going_to_one_rank():

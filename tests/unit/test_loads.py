@@ -12,9 +12,10 @@ from elastic_moe.placement.loads import LoadCounter, LoadWindow, read_loads
 
 def test_counts_by_layer_and_expert_without_none():
     counter = LoadCounter(2, 3, torch.device("cpu"))
-    counter.count(0, torch.tensor([[0, 2], [2, 3]]))  # 3 is "none"
+    counter.count(0, torch.tensor([[0, 2], [2, -1]]))
     counter.count(1, torch.empty((0, 2), dtype=torch.int64))
     counter.count(0, torch.tensor([[2, 1]]))
+    counter.count(1, torch.tensor([[-1, -1]]))
     assert counter.read().tolist() == [[1, 1, 3], [0, 0, 0]]
 
 

@@ -125,6 +125,26 @@ def test_registry_spreads_tokens_and_commits_in_place():
     registry.check_integrity()
 
 
+def test_none_has_no_slot_before_and_after_a_commit():
+    registry = PlacementRegistry(place([[0, 1], [1, 0]], 2, 1), 0, Topology.uniform(2), torch.device("cpu"))
+    none = torch.tensor([[-1, 0], [1, -1], [-1, -1]])
+    assert registry.choose_slots(1, none).tolist() == [[-1, 1], [0, -1], [-1, -1]]
+    registry.commit(place([[0, 1], [0, 1]], 2, 1, version=1))
+    assert registry.choose_slots(1, none).tolist() == [[-1, 0], [1, -1], [-1, -1]]
+    assert registry.choose_slots(0, torch.empty((0, 2), dtype=torch.int64)).shape == (0, 2)
+    registry.check_integrity()
+
+
+@pytest.mark.parametrize("name", ["_choices", "_num_choices"])
+@pytest.mark.parametrize("expert", [0, -1])
+def test_integrity_of_the_tables_includes_what_none_becomes(name, expert):
+    registry = PlacementRegistry(place([[0, 1]], 2, 1), 0, Topology.uniform(2), torch.device("cpu"))
+    registry.check_integrity()
+    getattr(registry, name)[0, expert] += 1
+    with pytest.raises(ValueError, match="dispatch tables differ"):
+        registry.check_integrity()
+
+
 def test_registry_refuses_old_versions_and_other_shapes():
     registry = PlacementRegistry(place([[0, 1]], 2, 1, version=3), 0, Topology.uniform(2), torch.device("cpu"))
     with pytest.raises(ValueError, match="not newer"):

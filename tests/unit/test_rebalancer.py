@@ -53,7 +53,8 @@ class Harness:
         registry = PlacementRegistry(placement, 0, Topology.uniform(1), cpu)
         self.errors = []
         self.balancer = Rebalancer(
-            EplbConfig(mode=mode, interval_s=interval_s), 0, registry, self.counter, lambda: 0, GroupStaging(), Deadlines(),
+            EplbConfig(mode=mode, interval_s=interval_s), 0, registry, self.counter, lambda: 0, GroupStaging(),
+            Deadlines(),
             wake=lambda: None, committed=lambda _: None, on_error=self.errors.append,
         )  # fmt: skip
         groups: Any = SimpleNamespace(open=lambda name, timeout_s: Alone())
