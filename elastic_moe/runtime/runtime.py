@@ -23,13 +23,14 @@ from elastic_moe.membership.current_epoch import CurrentEpoch
 from elastic_moe.membership.launch import Launch, SeatStart, host_of
 from elastic_moe.membership.quorum import Membership
 from elastic_moe.membership.rendezvous import Seat, meet
-from elastic_moe.placement.loads import LoadCounter, read_loads
+from elastic_moe.placement.loads import LoadCounter
 from elastic_moe.placement.placement import Placement, fewest_slots, initial_placement
 from elastic_moe.placement.registry import PlacementRegistry
 from elastic_moe.placement.topology import Topology
 from elastic_moe.runtime import lockstep
 from elastic_moe.runtime.hooks import Hooks
 from elastic_moe.runtime.idle import IdleForward, IdleLayer
+from elastic_moe.runtime.initial_loads import read_loads
 from elastic_moe.supervision.supervised import Supervised
 from elastic_moe.transport.staging import open_staging
 from elastic_moe.weights.peers import Peers, WeightServer
