@@ -17,7 +17,10 @@ PACKAGE = [file for file in FILES if file.path.startswith("elastic_moe/")]
 PROGRAMS = [file for file in FILES if not file.path.startswith("tests/")]
 ORDER = house.rooms((ROOT / "docs/architecture.md").read_text())
 GPU_SCRIPTS = sorted((ROOT / "tests/gpu").glob("*.sh"))
-PAGES = {path: (ROOT / path).read_text() for path in ("README.md", "docs/architecture.md", "examples/README.md")}
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text()
+    for path in [ROOT / "README.md", *ROOT.glob("docs/*.md"), ROOT / "examples/README.md"]
+}
 
 WALLS = {
     "elastic_moe/": ("launch/", "examples/", "tests/", "elastic_moe/supervision/lighthouse.py"),
