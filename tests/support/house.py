@@ -27,7 +27,12 @@ NEVERS = {
     "torch.distributed": ("torch.distributed",),
     "sockets": ("socket", "zmq", "http.client", "urllib.request"),
     "clock": ("time", "datetime.datetime"),
-    "threads": ("elastic_moe.background.start_thread", "threading.Thread", "concurrent.futures.ThreadPoolExecutor"),
+    "threads": (
+        "elastic_moe.background.start_thread",
+        "elastic_moe.background.start_worker",
+        "threading.Thread",
+        "concurrent.futures.ThreadPoolExecutor",
+    ),
     "files": ("builtins.open", "io", "pathlib", "tempfile", "shutil", "?.read_text", "?.read_bytes"),
     "processes": ("subprocess", "multiprocessing", "os.fork"),
     "randomness": ("random", "secrets", "uuid", "numpy.random"),

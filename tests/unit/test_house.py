@@ -50,9 +50,6 @@ PURE = {
 
 EXCEPTIONS = {
     "elastic_moe/group/step_barrier.py: starts its own thread by threading.Thread": "to become start_thread",
-    "elastic_moe/memory/peer_memory.py: starts its own thread by threading.Thread": "to become start_thread",
-    "elastic_moe/serving/front_end/served_model.py: starts its own thread by "
-    "concurrent.futures.ThreadPoolExecutor": "one thread for the tokenizer; to become asyncio.to_thread under a lock",
 }
 """Breaches that are known, each with its reason. To be empty."""
 
