@@ -4,6 +4,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 log = logging.getLogger(__name__)
@@ -24,6 +25,11 @@ def start_thread(name: str, target: Callable[..., None], *args: Any, on_error: O
     thread = threading.Thread(target=run, name=name, daemon=True)
     thread.start()
     return thread
+
+
+def start_worker(name: str) -> ThreadPoolExecutor:
+    """A thread that does one thing after another. What one raises is for whoever waits for its result."""
+    return ThreadPoolExecutor(1, thread_name_prefix=name)
 
 
 def end_process(_error: BaseException | None = None) -> None:

@@ -1,5 +1,6 @@
-"""The members of an epoch and how they talk: view, process groups with deadlines, their store, the step barrier.
+"""The members of an epoch, and how they talk.
 
-Owns sockets and torch's process groups of one epoch, to be thrown away with it. Uses errors, background, deadlines.
-Never decides who is a member, and never touches torch.distributed's global group. `view` loads no torch.
+Owns: `View` and `Member`, the process groups of an epoch and their end, the store they meet at, the step barrier.
+Uses: torch.distributed, sockets, clock, threads. `view` alone loads no torch: supervisors read it.
+Never: files, processes. Who is a member is decided in `membership`, what is sent by whoever sends it.
 """

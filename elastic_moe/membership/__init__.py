@@ -1,5 +1,6 @@
-"""Who is in the group: the launch, rendezvous at the start, signals between members, views by quorum, current epoch.
+"""WHO is in the group: the view that all members have agreed on.
 
-Uses group. Never acts on what one process alone says: it only makes this one leave, and ask for a view. `launch` and
-`signals` load no torch, for supervisors use them.
+Owns: a process's place in the launch, the rendezvous, the quorum, words between members, the current epoch.
+Uses: torchft's lighthouse and torch's store, sockets, clock, threads. `launch` and `signals` load no torch.
+Never: files, processes. A word only asks for a view; no process acts on its own opinion of another.
 """

@@ -9,12 +9,12 @@ import contextlib
 import os
 import socket
 import struct
-import threading
 import time
 from collections.abc import Mapping
 
 import torch
 
+from elastic_moe.background import end_process, start_thread
 from elastic_moe.errors import PeerLost
 from elastic_moe.memory.device_memory import Block, allocate, as_tensor, attach, copy, detach
 
@@ -111,8 +111,7 @@ class _Offer:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.bind(_address(name))
         self._socket.listen(64)
-        self._thread = threading.Thread(target=self._serve, name="peer-memory", daemon=True)
-        self._thread.start()
+        self._thread = start_thread("peer-memory", self._serve, on_error=end_process)
 
     def close(self) -> None:
         with contextlib.suppress(OSError):

@@ -15,6 +15,19 @@ def dispatch_tables(placement: Placement, rank: int, topology: Topology) -> tupl
     replica gets an even share, which is what `balance` counts on. Of several choices tokens take turns (token t
     uses choice (t + rank) % n, so ranks start at different replicas).
 
+    The placement of the example in `Placement`, ranks 0 and 1 on one node, rank 2 on another. Expert 0 of layer 0 is in
+    slots 0 and 4, one on each node: uneven, as node 0 has two seats, so all ranks use both in turn. In layer 1 it is
+    in slots 0, 3 and 5, one for each seat, so a rank uses its own. The others have one copy:
+
+    >>> placement = Placement(np.array([[0, 1, 2, 3, 0, -1], [0, 1, 2, 0, 3, 0]]), num_experts=4, slots_per_rank=2)
+    >>> choices, num_choices = dispatch_tables(placement, rank=1, topology=Topology((0, 0, 1)))
+    >>> num_choices.tolist()
+    [[2, 1, 1, 1], [1, 1, 1, 1]]
+    >>> choices[0].tolist()  # token t of rank 1 takes column t % num_choices: slot 4 first, rank 0 starts with slot 0
+    [[4, 0, 4], [1, 1, 1], [2, 2, 2], [3, 3, 3]]
+    >>> choices[1].tolist()
+    [[3, 3, 3], [1, 1, 1], [2, 2, 2], [4, 4, 4]]
+
     Returns:
         (choices int32 [L, E, R], num_choices int32 [L, E]). `choices` is rotated by `rank` already and repeats
         cyclically, so every entry is a valid slot; its width R is fixed, whatever the number of replicas.

@@ -4,7 +4,6 @@ import contextlib
 import json
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -58,22 +57,21 @@ class LoadWindow:
         self._counted, self._steps = counted, steps
 
 
-def read_loads(path: str | Path, num_layers: int, num_experts: int) -> np.ndarray:
-    """float64 [L, E] from a JSON file with the key `logical_count`: what GET /elastic/loads answers.
+def parse_loads(text: str, num_layers: int, num_experts: int) -> np.ndarray:
+    """float64 [L, E] from JSON with the key `logical_count`: what GET /elastic/loads answers.
 
-    The file may have more layers than the model has MoE layers if the others had no tokens (dense layers).
+    It may have more layers than the model has MoE layers if the others had no tokens (dense layers).
 
     Raises:
-        ValueError: it cannot be read, or does not fit; the message says what is expected.
+        ValueError: it is something else; the message says what is expected.
     """
     wanted = f"expected JSON with 'logical_count': [{num_layers}][{num_experts}] numbers >= 0"
     try:
-        content = json.loads(Path(path).read_text())
-        loads = np.array(content["logical_count"], dtype=np.float64)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"initial loads {path}: {wanted} ({error or type(error).__name__})") from error
+        loads = np.array(json.loads(text)["logical_count"], dtype=np.float64)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{wanted} ({error or type(error).__name__})") from error
     if loads.ndim == 2 and len(loads) > num_layers:
         loads = loads[loads.any(axis=1)]
     if loads.shape != (num_layers, num_experts) or not np.isfinite(loads).all() or (loads < 0).any():
-        raise ValueError(f"initial loads {path}: {wanted}, got shape {list(loads.shape)}")
+        raise ValueError(f"{wanted}, got shape {list(loads.shape)}")
     return loads

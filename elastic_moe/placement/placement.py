@@ -21,6 +21,26 @@ EMPTY = -1
 class Placement:
     """`slots` is int32 [L, P], read-only; its entry is the logical expert in that slot, or -1.
 
+    Two layers, four experts, three ranks of two slots each. Expert 0 has two copies in layer 0 and three in layer 1;
+    slot 5 of layer 0 is empty:
+
+        rank    |   0   |   1   |   2   |
+        slot    |  0  1 |  2  3 |  4  5 |
+        layer 0 |  0  1 |  2  3 |  0 -1 |
+        layer 1 |  0  1 |  2  0 |  3  0 |
+
+    >>> placement = Placement(np.array([[0, 1, 2, 3, 0, -1], [0, 1, 2, 0, 3, 0]]), num_experts=4, slots_per_rank=2)
+    >>> placement.num_layers, placement.num_ranks, placement.has_replicas
+    (2, 3, True)
+    >>> placement.copies.tolist()  # of experts 0, 1, 2, 3, layer by layer
+    [[2, 1, 1, 1], [3, 1, 1, 1]]
+    >>> placement.of_rank(2).tolist()  # what its slots 4 and 5 hold
+    [[0, -1], [3, 0]]
+    >>> placement.slots_of(layer=1, expert=0).tolist()  # of ranks 0, 1 and 2: slot // 2
+    [0, 3, 5]
+    >>> placement.uncovered(alive=[0, 2])  # without rank 1: the only copies of expert 2, and of 3 in layer 0
+    [(0, 2), (0, 3), (1, 2)]
+
     Raises:
         ValueError: shapes or expert numbers do not fit.
         NotEnoughSlots: some logical expert has no slot at all.

@@ -7,17 +7,15 @@ from typing import TypeVar
 import torch
 
 from elastic_moe.config import EplbConfig
-from elastic_moe.control.rebalance import load_balancer
 from elastic_moe.control.rebalancer import Rebalancer
 from elastic_moe.deadlines import Deadlines
 from elastic_moe.exchange.epochs import Exchanges
 from elastic_moe.exchange.interface import TokenExchange
 from elastic_moe.group.epoch_groups import EpochGroups
 from elastic_moe.group.view import View
-from elastic_moe.placement.loads import LoadCounter, read_loads
-from elastic_moe.placement.placement import Placement, fewest_slots, initial_placement
+from elastic_moe.placement.loads import LoadCounter
+from elastic_moe.placement.placement import Placement
 from elastic_moe.placement.registry import PlacementRegistry
-from elastic_moe.placement.topology import Topology
 from elastic_moe.runtime.idle import IdleForward
 from elastic_moe.transport.staging import Staging
 from elastic_moe.weights.disk import Disk
@@ -25,34 +23,6 @@ from elastic_moe.weights.sources import Account
 from elastic_moe.weights.store import ExpertStore
 
 Thing = TypeVar("Thing")
-
-
-def choose_placement(
-    num_layers: int,
-    num_experts: int,
-    topology: Topology,
-    eplb: EplbConfig,
-    *,
-    slots_per_rank: int | None,
-    redundant_slots: int,
-) -> Placement:
-    """The placement of L layers x E experts at the start. Every rank computes the same.
-
-    `slots_per_rank` S is ceil(E / R) + `redundant_slots` unless given. Spare slots hold replicas if any were asked for
-    (by either argument); the remainder of E / R alone makes none. With `eplb.initial_loads` experts are placed by these
-    loads.
-
-    Raises:
-        NotEnoughSlots: R * S < E; the message says how many are needed.
-        ValueError: the file of initial loads cannot be read or does not fit.
-    """
-    replicate = slots_per_rank is not None or redundant_slots > 0
-    if slots_per_rank is None:
-        slots_per_rank = fewest_slots(num_experts, topology.num_ranks) + redundant_slots
-    if not eplb.initial_loads:
-        return initial_placement(num_layers, num_experts, topology, slots_per_rank, replicate=replicate)
-    loads = read_loads(eplb.initial_loads, num_layers, num_experts)
-    return load_balancer()(loads, topology, slots_per_rank, algorithm=eplb.algorithm)
 
 
 class ExpertPool:

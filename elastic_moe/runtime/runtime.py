@@ -26,7 +26,8 @@ from elastic_moe.placement.placement import Placement
 from elastic_moe.placement.registry import PlacementRegistry
 from elastic_moe.placement.topology import Topology
 from elastic_moe.runtime.hooks import Hooks
-from elastic_moe.runtime.pool import ExpertPool, choose_placement
+from elastic_moe.runtime.initial_placement import choose_placement
+from elastic_moe.runtime.pool import ExpertPool
 from elastic_moe.supervision.supervised import Supervised
 from elastic_moe.transport.staging import open_staging
 from elastic_moe.weights.disk import Disk

@@ -1,5 +1,6 @@
-"""Processes: a child and its channel, the supervisor of a rank, the lighthouse beside it, ports that last.
+"""The processes of a seat: the one that must not die, and how it talks to the one that may.
 
-Uses membership's launch and signals, and group's view. Never loads torch (but for `lighthouse`, a process of its own),
-and knows nothing of what its children do. What it decides is in `watch`, without a clock.
+Owns: children and their channel, the supervisor of a rank, a child's side of it, ports, the lighthouse's process.
+Uses: processes, sockets, clock, threads. It speaks no word of serving.
+Never: torch. The lighthouse is a process of its own, for torchft loads it; nothing here imports that file.
 """

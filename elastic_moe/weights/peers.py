@@ -123,7 +123,7 @@ class Peers(Source):
             origins[socket] = Origin.NODE if member.node == node else Origin.REMOTE
         self._origins: dict[zmq.Socket, Origin] = {}
         while len(self._origins) < len(origins):
-            ready = poller.poll(1000 * (deadlines.greeting_s if self._origins else deadlines.weights_s))
+            ready = poller.poll(int(1000 * (deadlines.greeting_s if self._origins else deadlines.weights_s)))
             if not ready:
                 break
             for socket, _ in ready:

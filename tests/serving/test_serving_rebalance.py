@@ -18,10 +18,10 @@ from support.serving_harness import Server, torchrun, wait_until
 
 from elastic_moe.config import EplbConfig
 from elastic_moe.placement.balancedness import balancedness
-from elastic_moe.placement.loads import read_loads
 from elastic_moe.placement.placement import initial_placement
 from elastic_moe.placement.topology import Topology
 from elastic_moe.runtime import ElasticRuntime
+from elastic_moe.runtime.initial_placement import read_loads
 
 pytestmark = pytest.mark.xdist_group("server")
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from elastic_moe.placement.loads import LoadCounter, LoadWindow, read_loads
+from elastic_moe.placement.loads import LoadCounter, LoadWindow
+from elastic_moe.runtime.initial_placement import read_loads
 
 
 def test_counts_by_layer_and_expert_without_none():
@@ -53,6 +54,11 @@ def test_loads_from_a_file_may_have_dense_layers(tmp_path):
 def test_other_files_are_refused_in_one_line(tmp_path, content):
     path = tmp_path / "loads.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match=r"expected JSON with 'logical_count': \[2\]\[2\]") as caught:
+    with pytest.raises(ValueError, match=r"^initial loads .*: expected JSON with .logical_count.: \[2\]\[2\]") as error:
         read_loads(path, 2, 2)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"initial loads .*absent.json: .*No such file"):
+        read_loads(tmp_path / "absent.json", 2, 2)

@@ -104,14 +104,7 @@ def balance(
         NotEnoughSlots: the live ranks have fewer usable slots than E; the message says how many are short.
         ValueError: shapes, expert numbers, ranks, loads, groups, bounds or the algorithm do not fit.
     """
-    if algorithm not in ALGORITHMS:
-        raise ValueError(f"algorithm {algorithm!r} must be one of {', '.join(ALGORITHMS)}")
-    if max_moves is not None and (max_moves < 0 or current is None or algorithm != "search"):
-        raise ValueError(f"max_moves={max_moves} must be 0 or more, with current and the algorithm search")
-    if target is None:
-        target = TARGET_FROM_NOTHING if current is None else TARGET_FROM_CURRENT
-    if not 1 <= target <= 1000:
-        raise ValueError(f"target={target} must be 1 to 1000 (max / mean)")
+    target = _checked_options(algorithm, max_moves, target, current is not None)
     loads = _checked_loads(loads)
     room = _room(topology, slots_per_rank, alive, capacity)
     held = None if current is None else _held(current, loads, room, slots_per_rank)
@@ -150,7 +143,7 @@ def warm_up() -> None:
 
 
 def _search(problem: Problem) -> np.ndarray:
-    """Greedy start unless something is held, then the local search of `balance_search.py`."""
+    """Greedy start unless something is held, then the local search of `search.py`."""
     slots, trail, steps = _solve(problem, None)
     if problem.max_moves is not None:
         budget = problem.max_moves
@@ -210,6 +203,19 @@ def _limits(problem: Problem, target: float) -> np.ndarray:
     mean = total // num_live
     limit = mean + mean // _MILLION * round((target - 1) * _MILLION)
     return np.where(problem.has_load[:, None], limit, _ENDLESS)[:, problem.domain]
+
+
+def _checked_options(algorithm: str, max_moves: int | None, target: float | None, has_current: bool) -> float:
+    """The target to search for."""
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"algorithm {algorithm!r} must be one of {', '.join(ALGORITHMS)}")
+    if max_moves is not None and (max_moves < 0 or not has_current or algorithm != "search"):
+        raise ValueError(f"max_moves={max_moves} must be 0 or more, with current and the algorithm search")
+    if target is None:
+        target = TARGET_FROM_CURRENT if has_current else TARGET_FROM_NOTHING
+    if not 1 <= target <= 1000:
+        raise ValueError(f"target={target} must be 1 to 1000 (max / mean)")
+    return target
 
 
 def _checked_loads(loads: np.ndarray) -> np.ndarray:

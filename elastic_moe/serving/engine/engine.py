@@ -20,9 +20,9 @@ from elastic_moe.errors import ElasticError, NotEnoughSlots, PeerLost, TransferF
 from elastic_moe.integrations.transformers import LoadTimer, elasticize, find_experts, meta_model
 from elastic_moe.membership.launch import Launch, host_of
 from elastic_moe.membership.signals import Wake
-from elastic_moe.placement.loads import read_loads
 from elastic_moe.placement.placement import Placement, initial_placement
 from elastic_moe.runtime import ElasticRuntime
+from elastic_moe.runtime.initial_placement import read_loads
 from elastic_moe.serving.engine.batching import Batcher
 from elastic_moe.serving.engine.mailbox import Mailbox
 from elastic_moe.serving.protocol import Cancel, Event, Rebalance, Status, Submit, Tokens

@@ -3,12 +3,12 @@
 import asyncio
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import cast
 
 import jinja2
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
+from elastic_moe.background import start_worker
 from elastic_moe.config import ServeConfig
 
 
@@ -26,7 +26,7 @@ class ServedModel:
         self.max_model_len = max_model_len
         self.created = int(time.time())
         self._tokenizer = tokenizer
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+        self._thread = start_worker("tokenizer")
 
     @classmethod
     def load(cls, config: ServeConfig) -> "ServedModel":
