@@ -15,8 +15,10 @@ from launch.config import load
 from launch.faults.config import KINDS, ChaosRunConfig, server_overrides
 from launch.faults.disk import flip_experts
 from launch.faults.kinds import AFTER, Fault, schedule
-from launch.faults.load import LENGTHS, Answer, Verdict, compare, gaps_s, make_asks, percentile
 from launch.faults.summary import Round, is_good, longest_wait, placement_fault, summary
+from launch.faults.verdict import Verdict, compare
+from launch.figures import percentile
+from launch.streams import LENGTHS, Answer, gaps_s, make_asks
 
 TWO_NODES = [0, 0, 1, 1]
 
