@@ -12,7 +12,7 @@ from elastic_moe.errors import PeerLost
 
 triton = pytest.importorskip("triton")
 
-from support.harness import run_ranks  # noqa: E402
+from support.ranks import run_ranks  # noqa: E402
 from symmetric_ranks import Seat  # noqa: E402
 
 from elastic_moe.exchange.collective import CollectiveExchange  # noqa: E402
