@@ -22,11 +22,13 @@ EPLB_MODES = ("off", "sync", "async")
 EPLB_ALGORITHMS = ("search", "deepseek")
 
 
-def _key(default: Any, help_: str) -> Any:
+def setting(default: Any, help_: str) -> Any:
+    """A field of a section of the schema: its default, and its meaning for `--help`."""
     return field(default=default, metadata={"help": help_})
 
 
-def _check(ok: bool, key: str, value: object, allowed: str) -> None:
+def check(ok: bool, key: str, value: object, allowed: str) -> None:
+    """Refuse the value of a dotted key, in one line with what is allowed, unless it is `ok`."""
     if not ok:
         raise ValueError(f"{key}={value!r}: {allowed}")
 
@@ -35,22 +37,22 @@ def _check(ok: bool, key: str, value: object, allowed: str) -> None:
 class ModelConfig:
     """Which model, and how it is held."""
 
-    name: str = _key("demo", "name clients use for the model")
-    path: str = _key("", "folder of a Hugging Face safetensors checkpoint (config.json beside it)")
-    dtype: str = _key("float32", f"weights and compute: one of {', '.join(DTYPES)} (auto: the checkpoint's own)")
-    device: str = _key("auto", "cpu, cuda, or auto (cuda when there is a GPU for every local rank)")
+    name: str = setting("demo", "name clients use for the model")
+    path: str = setting("", "folder of a Hugging Face safetensors checkpoint (config.json beside it)")
+    dtype: str = setting("float32", f"weights and compute: one of {', '.join(DTYPES)} (auto: the checkpoint's own)")
+    device: str = setting("auto", "cpu, cuda, or auto (cuda when there is a GPU for every local rank)")
 
     def validate(self) -> None:
         """Raise ValueError, naming the key and what is allowed, when a value cannot work."""
-        _check(bool(self.name), "model.name", self.name, "must not be empty")
-        _check(self.dtype in DTYPES, "model.dtype", self.dtype, f"must be one of {', '.join(DTYPES)}")
-        _check(self.device in ("auto", "cpu", "cuda"), "model.device", self.device, "must be auto, cpu or cuda")
-        _check(bool(self.path), "model.path", self.path, "must name a folder with a safetensors checkpoint")
+        check(bool(self.name), "model.name", self.name, "must not be empty")
+        check(self.dtype in DTYPES, "model.dtype", self.dtype, f"must be one of {', '.join(DTYPES)}")
+        check(self.device in ("auto", "cpu", "cuda"), "model.device", self.device, "must be auto, cpu or cuda")
+        check(bool(self.path), "model.path", self.path, "must name a folder with a safetensors checkpoint")
         folder = Path(self.path)
-        _check(folder.is_dir(), "model.path", self.path, "no such folder; give a local checkpoint folder")
-        _check((folder / "config.json").is_file(), "model.path", self.path, "holds no config.json")
+        check(folder.is_dir(), "model.path", self.path, "no such folder; give a local checkpoint folder")
+        check((folder / "config.json").is_file(), "model.path", self.path, "holds no config.json")
         files = ("model.safetensors", "model.safetensors.index.json")
-        _check(
+        check(
             any((folder / f).is_file() for f in files),
             "model.path",
             self.path,
@@ -62,36 +64,40 @@ class ModelConfig:
 class ElasticConfig:
     """Experts, slots and the deadlines of the group."""
 
-    redundant_slots: int = _key(0, "spare expert slots per rank and layer, beyond the fewest that hold every expert")
-    slots_per_rank: int | None = _key(
+    redundant_slots: int = setting(0, "spare expert slots per rank and layer, beyond the fewest that hold every expert")
+    slots_per_rank: int | None = setting(
         None, "expert slots per rank and layer; null: ceil(experts / ranks) + redundant_slots"
     )
-    exchange_timeout_s: float | None = _key(
+    exchange_timeout_s: float | None = setting(
         None, "deadline of one token exchange between ranks, in seconds; null: three quarters of hang_timeout_s"
     )
-    start_timeout_s: float = _key(120.0, "how long the ranks wait for each other at start, in seconds")
+    start_timeout_s: float = setting(120.0, "how long the ranks wait for each other at start, in seconds")
 
-    grow_slots: bool = _key(True, "add slots on the survivors when a loss leaves fewer than the experts need")
-    hang_timeout_s: float = _key(20.0, "an engine without progress for this long is killed and respawned, in seconds")
-    max_quick_deaths: int = _key(
+    grow_slots: bool = setting(True, "add slots on the survivors when a loss leaves fewer than the experts need")
+    hang_timeout_s: float = setting(
+        20.0, "an engine without progress for this long is killed and respawned, in seconds"
+    )
+    max_quick_deaths: int = setting(
         3, "give a rank up after it died this many times in a row within a minute of its start"
     )
-    lighthouse: str = _key("", "URL[,URL...] of outside lighthouses for membership; empty: one embedded on each node")
+    lighthouse: str = setting(
+        "", "URL[,URL...] of outside lighthouses for membership; empty: one embedded on each node"
+    )
 
     def validate(self) -> None:
         """Raise ValueError, naming the key and what is allowed, when a value cannot work."""
-        _check(self.redundant_slots >= 0, "elastic.redundant_slots", self.redundant_slots, "must be 0 or more")
+        check(self.redundant_slots >= 0, "elastic.redundant_slots", self.redundant_slots, "must be 0 or more")
         slots = self.slots_per_rank
-        _check(slots is None or slots >= 1, "elastic.slots_per_rank", slots, "must be null, or 1 or more")
+        check(slots is None or slots >= 1, "elastic.slots_per_rank", slots, "must be null, or 1 or more")
         for key in ("exchange_timeout_s", "start_timeout_s", "hang_timeout_s"):
             value = getattr(self, key)
             ok = value is None or 0 < value < math.inf
-            _check(ok, f"elastic.{key}", value, "must be more than 0 seconds, and finite")
+            check(ok, f"elastic.{key}", value, "must be more than 0 seconds, and finite")
         self.deadlines(num_ranks=1)
-        _check(self.max_quick_deaths >= 1, "elastic.max_quick_deaths", self.max_quick_deaths, "must be 1 or more")
+        check(self.max_quick_deaths >= 1, "elastic.max_quick_deaths", self.max_quick_deaths, "must be 1 or more")
         urls = [url for url in self.lighthouse.split(",") if url]
         ok = all(url.startswith("http://") for url in urls)
-        _check(ok, "elastic.lighthouse", self.lighthouse, "must be empty, or http://HOST:PORT[,http://HOST:PORT...]")
+        check(ok, "elastic.lighthouse", self.lighthouse, "must be empty, or http://HOST:PORT[,http://HOST:PORT...]")
 
     def deadlines(self, num_ranks: int) -> Deadlines:
         """Those of a launch of `num_ranks` ranks that serve.
@@ -111,95 +117,95 @@ class ElasticConfig:
 class ExchangeConfig:
     """How tokens travel to their experts and back."""
 
-    kind: str = _key(
+    kind: str = setting(
         "collective", f"one of {', '.join(EXCHANGE_KINDS)} (collective: gloo, NCCL; symmetric: GPU memory)"
     )
-    max_tokens: int = _key(512, "symmetric: tokens of a rank in one step for which memory is reserved")
-    fp8: bool = _key(False, "symmetric: tokens travel to their experts in 8 bits")
+    max_tokens: int = setting(512, "symmetric: tokens of a rank in one step for which memory is reserved")
+    fp8: bool = setting(False, "symmetric: tokens travel to their experts in 8 bits")
 
     def validate(self) -> None:
         """Raise ValueError, naming the key and what is allowed, when a value cannot work."""
-        _check(self.kind in EXCHANGE_KINDS, "exchange.kind", self.kind, f"must be one of {', '.join(EXCHANGE_KINDS)}")
-        _check(self.max_tokens >= 1, "exchange.max_tokens", self.max_tokens, "must be 1 or more")
+        check(self.kind in EXCHANGE_KINDS, "exchange.kind", self.kind, f"must be one of {', '.join(EXCHANGE_KINDS)}")
+        check(self.max_tokens >= 1, "exchange.max_tokens", self.max_tokens, "must be 1 or more")
 
 
 @dataclass
 class EplbConfig:
     """The load balancer: which expert has how many copies, and where, while tokens flow."""
 
-    mode: str = _key("off", f"one of {', '.join(EPLB_MODES)} (sync stops the step loop for a round; async does not)")
-    algorithm: str = _key("search", f"one of {', '.join(EPLB_ALGORITHMS)}")
-    interval_s: float = _key(10.0, "from one look at the loads to the next, in seconds")
-    threshold: float = _key(1.05, "balance when the fullest rank has more than this times the mean load (1 or more)")
-    half_life_steps: int = _key(500, "tokens counted this many steps ago count half")
-    layers_per_chunk: int = _key(1, "layers that are swapped in at the same step at most")
-    staging_mb: int = _key(64, "megabytes of experts that wait on a rank to be swapped in, one expert at least")
-    mb_per_step: float = _key(8.0, "megabytes of experts that a rank sends or receives during one step, about")
-    link_gb_per_s: float = _key(1.0, "what a rank can receive, in gigabytes per second, to tell whether a move pays")
-    initial_loads: str = _key(
+    mode: str = setting("off", f"one of {', '.join(EPLB_MODES)} (sync stops the step loop for a round; async does not)")
+    algorithm: str = setting("search", f"one of {', '.join(EPLB_ALGORITHMS)}")
+    interval_s: float = setting(10.0, "from one look at the loads to the next, in seconds")
+    threshold: float = setting(1.05, "balance when the fullest rank has more than this times the mean load (1 or more)")
+    half_life_steps: int = setting(500, "tokens counted this many steps ago count half")
+    layers_per_chunk: int = setting(1, "layers that are swapped in at the same step at most")
+    staging_mb: int = setting(64, "megabytes of experts that wait on a rank to be swapped in, one expert at least")
+    mb_per_step: float = setting(8.0, "megabytes of experts that a rank sends or receives during one step, about")
+    link_gb_per_s: float = setting(1.0, "what a rank can receive, in gigabytes per second, to tell whether a move pays")
+    initial_loads: str = setting(
         "", "JSON file of past loads (GET /elastic/loads) for the placement at start; empty: none"
     )
 
     def validate(self) -> None:
         """Raise ValueError, naming the key and what is allowed, when a value cannot work."""
-        _check(self.mode in EPLB_MODES, "eplb.mode", self.mode, f"must be one of {', '.join(EPLB_MODES)}")
+        check(self.mode in EPLB_MODES, "eplb.mode", self.mode, f"must be one of {', '.join(EPLB_MODES)}")
         known = self.algorithm in EPLB_ALGORITHMS
-        _check(known, "eplb.algorithm", self.algorithm, f"must be one of {', '.join(EPLB_ALGORITHMS)}")
-        _check(0 < self.interval_s < math.inf, "eplb.interval_s", self.interval_s, "must be more than 0, and finite")
-        _check(1 <= self.threshold < math.inf, "eplb.threshold", self.threshold, "must be 1 or more, and finite")
+        check(known, "eplb.algorithm", self.algorithm, f"must be one of {', '.join(EPLB_ALGORITHMS)}")
+        check(0 < self.interval_s < math.inf, "eplb.interval_s", self.interval_s, "must be more than 0, and finite")
+        check(1 <= self.threshold < math.inf, "eplb.threshold", self.threshold, "must be 1 or more, and finite")
         for key in ("half_life_steps", "layers_per_chunk", "staging_mb"):
-            _check(getattr(self, key) >= 1, f"eplb.{key}", getattr(self, key), "must be 1 or more")
+            check(getattr(self, key) >= 1, f"eplb.{key}", getattr(self, key), "must be 1 or more")
         for key in ("mb_per_step", "link_gb_per_s"):
-            _check(
+            check(
                 0 < getattr(self, key) < math.inf, f"eplb.{key}", getattr(self, key), "must be more than 0, and finite"
             )
         path = self.initial_loads
-        _check(not path or Path(path).is_file(), "eplb.initial_loads", path, "must be empty, or name a JSON file")
+        check(not path or Path(path).is_file(), "eplb.initial_loads", path, "must be empty, or name a JSON file")
 
 
 @dataclass
 class ServingConfig:
     """Continuous batching on each rank."""
 
-    max_model_len: int | None = _key(None, "longest prompt + completion in tokens; null: the model's own limit")
-    max_requests: int = _key(32, "requests one rank runs at once; more wait")
-    max_batch_tokens: int = _key(512, "tokens one rank puts into one forward step")
-    kv_cache_tokens: int = _key(32768, "tokens the paged KV cache of one rank holds")
-    page_size: int = _key(32, "tokens in one page of the KV cache (power of two, 4 or more)")
-    cuda_graphs: bool = _key(
+    max_model_len: int | None = setting(None, "longest prompt + completion in tokens; null: the model's own limit")
+    max_requests: int = setting(32, "requests one rank runs at once; more wait")
+    max_batch_tokens: int = setting(512, "tokens one rank puts into one forward step")
+    kv_cache_tokens: int = setting(32768, "tokens the paged KV cache of one rank holds")
+    page_size: int = setting(32, "tokens in one page of the KV cache (power of two, 4 or more)")
+    cuda_graphs: bool = setting(
         True, "with exchange.kind=symmetric: forwards in CUDA graphs, if no layer waits for the GPU"
     )
-    graph_tokens: int = _key(16, "a captured forward is padded to a multiple of so many tokens")
-    prefix_caching: bool = _key(True, "share KV pages between requests with the same beginning")
+    graph_tokens: int = setting(16, "a captured forward is padded to a multiple of so many tokens")
+    prefix_caching: bool = setting(True, "share KV pages between requests with the same beginning")
 
     def validate(self) -> None:
         """Raise ValueError, naming the key and what is allowed, when a value cannot work."""
         length = self.max_model_len
-        _check(length is None or length >= 2, "serving.max_model_len", length, "must be null, or 2 or more")
+        check(length is None or length >= 2, "serving.max_model_len", length, "must be null, or 2 or more")
         for key in ("max_requests", "max_batch_tokens", "graph_tokens"):
-            _check(getattr(self, key) >= 1, f"serving.{key}", getattr(self, key), "must be 1 or more")
+            check(getattr(self, key) >= 1, f"serving.{key}", getattr(self, key), "must be 1 or more")
         page = self.page_size
-        _check(page >= 4 and page & (page - 1) == 0, "serving.page_size", page, "must be a power of two, 4 or more")
+        check(page >= 4 and page & (page - 1) == 0, "serving.page_size", page, "must be a power of two, 4 or more")
         tokens = self.kv_cache_tokens
-        _check(tokens >= 2 * page, "serving.kv_cache_tokens", tokens, f"must be at least two pages ({2 * page} tokens)")
+        check(tokens >= 2 * page, "serving.kv_cache_tokens", tokens, f"must be at least two pages ({2 * page} tokens)")
 
 
 @dataclass
 class ServerConfig:
     """The HTTP front end, one per node."""
 
-    host: str = _key("127.0.0.1", "address the HTTP server binds to")
-    port: int = _key(8000, "port of the HTTP server (0: any free one, printed at start)")
-    max_waiting: int = _key(1024, "requests in flight at one front end before it answers 429")
+    host: str = setting("127.0.0.1", "address the HTTP server binds to")
+    port: int = setting(8000, "port of the HTTP server (0: any free one, printed at start)")
+    max_waiting: int = setting(1024, "requests in flight at one front end before it answers 429")
 
     def validate(self) -> None:
         """Raise ValueError, naming the key and what is allowed, when a value cannot work."""
-        _check(0 <= self.port <= 65535, "server.port", self.port, "must be 0 to 65535")
-        _check(self.max_waiting >= 1, "server.max_waiting", self.max_waiting, "must be 1 or more")
+        check(0 <= self.port <= 65535, "server.port", self.port, "must be 0 to 65535")
+        check(self.max_waiting >= 1, "server.max_waiting", self.max_waiting, "must be 1 or more")
         try:
             ipaddress.ip_address(self.host)
         except ValueError:
-            _check(_resolves(self.host), "server.host", self.host, "must be an IP address or a host name that resolves")
+            check(_resolves(self.host), "server.host", self.host, "must be an IP address or a host name that resolves")
 
 
 def _resolves(host: str) -> bool:
@@ -220,16 +226,16 @@ class ServeConfig:
     eplb: EplbConfig = field(default_factory=EplbConfig)
     serving: ServingConfig = field(default_factory=ServingConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
-    log_level: str = _key("info", f"one of {', '.join(LOG_LEVELS)}")
+    log_level: str = setting("info", f"one of {', '.join(LOG_LEVELS)}")
 
     def validate(self) -> None:
         """Raise ValueError with one line about the first value that cannot work."""
-        _check(self.log_level in LOG_LEVELS, "log_level", self.log_level, f"must be one of {', '.join(LOG_LEVELS)}")
+        check(self.log_level in LOG_LEVELS, "log_level", self.log_level, f"must be one of {', '.join(LOG_LEVELS)}")
         for part in (self.model, self.elastic, self.exchange, self.eplb, self.serving, self.server):
             part.validate()
         tokens, reserved = self.serving.max_batch_tokens, self.exchange.max_tokens
         fits = self.exchange.kind != "symmetric" or tokens <= reserved
-        _check(fits, "serving.max_batch_tokens", tokens, f"must be at most exchange.max_tokens={reserved}")
+        check(fits, "serving.max_batch_tokens", tokens, f"must be at most exchange.max_tokens={reserved}")
 
 
 def describe(schema: type, prefix: str = "") -> list[tuple[str, object, str]]:

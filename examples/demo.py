@@ -9,14 +9,10 @@ import asyncio
 import json
 import os
 import signal
-import subprocess
 import sys
-import tempfile
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import IO
 
 from openai import AsyncOpenAI
 from rich.columns import Columns
@@ -25,9 +21,11 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.table import Table
 
-REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from launch.server import START_TIMEOUT_S, OwnServer
+
 PROMPTS = ["In the beginning God created", "To install a package on a Debian system,"]
-START_TIMEOUT_S = 120
 
 
 def main() -> int:
@@ -38,25 +36,20 @@ def main() -> int:
     parser.add_argument("--no-kill", action="store_true", help="stream once, and kill nobody")
     args = parser.parse_args()
     console = Console()
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.ranks)]
-    command = [*torchrun, "launch/serve.py", "model=demo", "server.port=0", "log_level=warning"]
     console.print(f"[bold]starting[/]: torchrun --nproc-per-node {args.ranks} launch/serve.py model=demo")
     begin = time.monotonic()
-    with tempfile.TemporaryFile("w+") as log:  # torchrun tells of every stop with a traceback
-        server = subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, stderr=log, text=True)
+    with OwnServer(args.ranks, 1, ["model=demo", "server.port=0", "log_level=warning"]) as server:
         try:
-            url = wait_until_ready(server)
-            console.print(f"serving at [link]{url}[/] after {time.monotonic() - begin:.1f} s")
-            same = show(url, args, console)
+            console.print(f"serving at [link]{server.url}[/] after {time.monotonic() - begin:.1f} s")
+            same = show(server.url, args, console)
+            clean = server.stop()
         except BaseException:
-            log.seek(0)
-            console.print(log.read(), markup=False, highlight=False)
+            console.print(server.nodes[0].log(), markup=False, highlight=False)
             raise
-        finally:
-            server.send_signal(signal.SIGINT)
-            server.wait(20)
-    console.print("stopped cleanly")
-    return 0 if same else 1
+    console.print("stopped cleanly" if clean else f"[bold red]it had to be killed[/]: see {server.folder}")
+    if clean:
+        server.forget_output()
+    return 0 if same and clean else 1
 
 
 def show(url: str, args: argparse.Namespace, console: Console) -> bool:
@@ -94,29 +87,6 @@ def wait_until_whole(url: str, ranks: int) -> None:
         if time.monotonic() > deadline:
             raise RuntimeError("the killed rank did not come back")
         time.sleep(0.2)
-
-
-def wait_until_ready(server: subprocess.Popen[str]) -> str:
-    """The server's URL once /health answers 200; RuntimeError when it ends or takes too long."""
-    deadline = time.monotonic() + START_TIMEOUT_S
-    url = read_url(server.stdout)
-    while server.poll() is None and time.monotonic() < deadline:
-        try:
-            get_json(f"{url}/health")
-        except (urllib.error.URLError, ConnectionError):
-            time.sleep(0.2)
-        else:
-            return url
-    raise RuntimeError(f"the server did not come up within {START_TIMEOUT_S} s (exit code {server.poll()})")
-
-
-def read_url(output: IO[str] | None) -> str:
-    """The address in the line that the server prints."""
-    for line in output or ():
-        if " at http" in line:
-            return line.rsplit(" at ", 1)[1].strip()
-        sys.stdout.write(line)
-    raise RuntimeError("the server ended before it served")
 
 
 def get_json(url: str) -> dict:

@@ -1,6 +1,23 @@
-"""The GPUs of this machine, for benchmarks of whole servers."""
+"""The GPUs of this machine: how many, what they can do at most, and how ranks may use them."""
 
 from typing import NamedTuple
+
+
+class Rates(NamedTuple):
+    """The limits of a card that figures are compared with, measured where docs/performance.md says how."""
+
+    memory_bytes_per_s: float
+    """Read and written together."""
+    bf16_flop_per_s: float
+    link_bytes_per_s: float
+    """To a GPU of the same host over NVLink, one direction."""
+
+
+RATES = {
+    "H100": Rates(3.0e12, 790e12, 250e9),
+    "H200": Rates(4.3e12, 790e12, 250e9),
+}
+"""By a part of the name that torch tells. An H100 has the matrix units and the links of an H200, measured there."""
 
 
 class Gpus(NamedTuple):
@@ -8,6 +25,11 @@ class Gpus(NamedTuple):
 
     num: int
     machine: str
+
+
+def rates_of(name: str) -> Rates | None:
+    """Of the card whose name, as torch tells it, is in `name`; None: the table has none."""
+    return next((rates for part, rates in RATES.items() if part in name), None)
 
 
 def gpus_for(bench: str) -> Gpus:

@@ -1,10 +1,14 @@
-"""What launch/bench.py may be told: which benchmark, and the keys of all of them; conf/bench/NAME.yaml sets its own."""
+"""What launch/bench.py may be told: which benchmark, and the keys of all of them.
+
+conf/bench/NAME.yaml has the keys that a benchmark obeys, with its own defaults; any other key is refused.
+"""
 
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from elastic_moe.config import check, setting
 from launch.config import CONF
 from launch.random_model import SHAPES
 
@@ -12,6 +16,14 @@ NAMES = tuple(sorted(file.stem for file in (CONF / "bench").glob("*.yaml")))
 MODELS = ("demo", "random")
 DEVICES = ("cpu", "cuda")
 OF_SIZE = "must be a comma list of LAYERSxEXPERTSxSLOTSxRANKS, with EXPERTS <= SLOTS, and SLOTS a multiple of RANKS"
+OF_LIST = "must be a comma list of whole numbers, 1 or more"
+AT_LEAST = {
+    **dict.fromkeys(("seed", "redundant_slots"), 0),
+    **dict.fromkeys(("repeats", "ranks_per_node", "streams", "half_life_steps", "experts", "top_k"), 1),
+    **dict.fromkeys(("ranks", "tokens"), 2),
+}
+"""The smallest value of a whole number."""
+LISTS = ("rank_list", "stream_list", "token_list", "hidden_list")
 
 
 class Size(NamedTuple):
@@ -23,49 +35,48 @@ class Size(NamedTuple):
     ranks: int
 
 
-def _key(default: Any, help_: str) -> Any:
-    return field(default=default, metadata={"help": help_})
-
-
-def _check(ok: bool, key: str, value: object, allowed: str) -> None:
-    if not ok:
-        raise ValueError(f"bench.{key}={value!r}: {allowed}")
-
-
 @dataclass
 class BenchConfig:
-    """One benchmark. Keys whose meaning starts with a name are of that benchmark only."""
+    """One benchmark. Keys whose meaning starts with names are of these benchmarks only."""
 
-    name: str = _key("balance", "the benchmark: bench=NAME sets it, with its defaults")
-    repeats: int = _key(5, "measurements of which a median is taken, after one that is not counted")
-    seed: int = _key(0, "of everything random")
-    plot: str = _key("", "write a PNG here, for benchmarks that draw one (needs matplotlib); empty: none")
-    traces: str = _key("", 'balance: folder of {"logical_count": [L][E]} JSON files; empty: seeded Zipf-like loads')
-    sizes: str = _key("58x256x288x32", "balance: comma list of LAYERSxEXPERTSxSLOTSxRANKS")
-    ranks_per_node: int = _key(8, "balance: ranks in a fault domain")
-    device: str = _key("cpu", f"rebalance: one of {', '.join(DEVICES)} (cuda: ranks may share a GPU)")
-    model: str = _key("demo", f"rebalance: one of {', '.join(MODELS)} (random: some hundred MB of random experts)")
-    ranks: int = _key(4, "rebalance: ranks of each server, all on this machine")
-    streams: int = _key(12, "rebalance: streams at once")
-    tokens: int = _key(100, "rebalance: tokens of a stream; twice as many streams, as the domain shifts in the middle")
-    redundant_slots: int = _key(1, "rebalance: elastic.redundant_slots of the servers")
-    interval_s: float = _key(1.0, "rebalance: eplb.interval_s of the servers")
-    threshold: float = _key(1.05, "rebalance: eplb.threshold of the servers")
-    half_life_steps: int = _key(20, "rebalance: eplb.half_life_steps of the servers")
+    name: str = setting("balance", "the benchmark: bench=NAME sets it, with its defaults")
+    seed: int = setting(0, "of everything random")
+    repeats: int = setting(
+        5, "measurements of which a median is taken, after one or more that are not counted; gpu_recovery: faults"
+    )
+    plot: str = setting("", "balance, rebalance: write a PNG here (needs matplotlib); empty: none")
+    traces: str = setting("", 'balance: folder of {"logical_count": [L][E]} JSON files; empty: seeded Zipf-like loads')
+    sizes: str = setting("58x256x288x32", "balance: comma list of LAYERSxEXPERTSxSLOTSxRANKS")
+    ranks_per_node: int = setting(8, "balance: ranks in a fault domain")
+    device: str = setting("cpu", f"rebalance: one of {', '.join(DEVICES)} (cuda: ranks may share a GPU)")
+    model: str = setting(
+        "demo", f"rebalance, gpu_recovery: one of {', '.join(MODELS)} (random: on cuda of bench.shape)"
+    )
+    ranks: int = setting(4, "rebalance, gpu_recovery: ranks of each server, all on this machine")
+    streams: int = setting(12, "rebalance, gpu_recovery: streams at once")
+    tokens: int = setting(
+        100, "rebalance, gpu_serve: tokens of a stream; rebalance: twice as many streams, as the domain shifts"
+    )
+    redundant_slots: int = setting(1, "rebalance, gpu_recovery: elastic.redundant_slots of the servers")
+    interval_s: float = setting(1.0, "rebalance: eplb.interval_s of the servers")
+    threshold: float = setting(1.05, "rebalance: eplb.threshold of the servers")
+    half_life_steps: int = setting(20, "rebalance: eplb.half_life_steps of the servers")
 
-    shape: str = _key("small", f"rebalance on cuda, gpu_*: random model, one of {', '.join(SHAPES)}")
-    rank_list: str = _key("1,2,4", "gpu_serve: comma list of numbers of ranks")
-    stream_list: str = _key("1,8,32", "gpu_serve: comma list of numbers of streams at once")
-    dtype: str = _key("bfloat16", "rebalance, gpu_serve, gpu_recovery: model.dtype of the servers")
-    eplb_mode: str = _key("off", "gpu_recovery: eplb.mode of the server")
+    shape: str = setting("small", f"rebalance on cuda, gpu_*: random model, one of {', '.join(SHAPES)}")
+    rank_list: str = setting("1,2,4", "exchange, gpu_serve: comma list of numbers of ranks")
+    stream_list: str = setting("1,8,32", "gpu_serve: comma list of numbers of streams at once")
+    dtype: str = setting("bfloat16", "rebalance, gpu_serve, gpu_recovery: model.dtype of the servers")
+    eplb_mode: str = setting("off", "gpu_recovery: eplb.mode of the server")
 
-    def rank_counts(self) -> tuple[int, ...]:
-        """`rank_list`; ValueError when one is not a whole number."""
-        return tuple(int(count) for count in self.rank_list.split(","))
+    token_list: str = setting("1,16,64,128,256,4096", "exchange: comma list of numbers of tokens of each rank")
+    hidden_list: str = setting("2048,4096,7168", "exchange: comma list of sizes of a token")
+    experts: int = setting(128, "exchange: experts, spread evenly over the ranks")
+    top_k: int = setting(8, "exchange: experts of a token")
+    fp8: bool = setting(False, "exchange: tokens travel to their experts in 8 bits")
 
-    def stream_counts(self) -> tuple[int, ...]:
-        """`stream_list`; ValueError when one is not a whole number."""
-        return tuple(int(count) for count in self.stream_list.split(","))
+    def numbers(self, key: str) -> tuple[int, ...]:
+        """The comma list of one of `LISTS`; ValueError when one is not a whole number."""
+        return tuple(int(number) for number in getattr(self, key).split(","))
 
     def size_list(self) -> tuple[Size, ...]:
         """The sizes; ValueError when one is not four whole numbers."""
@@ -73,32 +84,36 @@ class BenchConfig:
 
     def validate(self) -> None:
         """Raise ValueError, naming the key and what is allowed, when a value cannot work."""
-        _check(self.name in NAMES, "name", self.name, f"must be one of {', '.join(NAMES)}")
-        _check(self.model in MODELS, "model", self.model, f"must be one of {', '.join(MODELS)}")
-        _check(self.shape in SHAPES, "shape", self.shape, f"must be one of {', '.join(SHAPES)}")
-        _check(self.device in DEVICES, "device", self.device, f"must be one of {', '.join(DEVICES)}")
-        for key in ("repeats", "ranks_per_node", "streams", "half_life_steps"):
-            _check(getattr(self, key) >= 1, key, getattr(self, key), "must be 1 or more")
-        for key in ("ranks", "tokens"):
-            _check(getattr(self, key) >= 2, key, getattr(self, key), "must be 2 or more")
-        _check(self.redundant_slots >= 0, "redundant_slots", self.redundant_slots, "must be 0 or more")
-        _check(0 < self.interval_s < math.inf, "interval_s", self.interval_s, "must be more than 0, and finite")
-        _check(1 <= self.threshold < math.inf, "threshold", self.threshold, "must be 1 or more, and finite")
-        _check(self.seed >= 0, "seed", self.seed, "must be 0 or more")
+        for key, allowed in {"name": NAMES, "model": MODELS, "shape": tuple(SHAPES), "device": DEVICES}.items():
+            self._check(getattr(self, key) in allowed, key, f"must be one of {', '.join(allowed)}")
+        for key, least in AT_LEAST.items():
+            self._check(getattr(self, key) >= least, key, f"must be {least} or more")
+        for key in LISTS:
+            self._check(self._is_list(key), key, OF_LIST)
+        self._check(0 < self.interval_s < math.inf, "interval_s", "must be more than 0, and finite")
+        self._check(1 <= self.threshold < math.inf, "threshold", "must be 1 or more, and finite")
         folder = Path(self.traces)
         has_traces = not self.traces or (folder.is_dir() and any(folder.glob("*.json")))
-        _check(has_traces, "traces", self.traces, "must be empty, or a folder that holds JSON files")
-        _check(not self.plot or Path(self.plot).parent.is_dir(), "plot", self.plot, "its folder does not exist")
-        for key in ("rank_list", "stream_list"):
-            counts = getattr(self, key).split(",")
-            ok = all(count.strip().isdecimal() and int(count) >= 1 for count in counts)
-            _check(ok, key, getattr(self, key), "must be a comma list of whole numbers, 1 or more")
+        self._check(has_traces, "traces", "must be empty, or a folder that holds JSON files")
+        self._check(not self.plot or Path(self.plot).parent.is_dir(), "plot", "its folder does not exist")
+        self._check(self._has_sizes(), "sizes", OF_SIZE)
+        if self.name == "exchange":
+            even = all(self.experts % ranks == 0 for ranks in self.numbers("rank_list"))
+            self._check(even, "experts", f"must be a multiple of each of bench.rank_list={self.rank_list}")
+            self._check(self.top_k <= self.experts, "top_k", f"must be at most bench.experts={self.experts}")
+
+    def _check(self, ok: bool, key: str, allowed: str) -> None:
+        check(ok, f"bench.{key}", getattr(self, key), allowed)
+
+    def _is_list(self, key: str) -> bool:
+        return all(part.strip().isdecimal() and int(part) >= 1 for part in getattr(self, key).split(","))
+
+    def _has_sizes(self) -> bool:
         try:
             sizes = self.size_list()
         except (TypeError, ValueError):
-            sizes = ()
-        fits = [min(s) >= 1 and s.experts <= s.slots and s.slots % s.ranks == 0 for s in sizes]
-        _check(bool(fits) and all(fits), "sizes", self.sizes, OF_SIZE)
+            return False
+        return all(min(s) >= 1 and s.experts <= s.slots and s.slots % s.ranks == 0 for s in sizes)
 
 
 @dataclass

@@ -1,364 +1,65 @@
 """bench=exchange: dispatch and combine of one MoE layer, through symmetric memory and through collectives.
 
-Prints one JSON object a line. With a GPU for every rank each rank is a process, NCCL the collective, and the limit is
-the bytes that leave a rank over the rate of its link. On fewer GPUs the ranks of the symmetric exchange are streams of
-one process on one GPU (processes would take turns of milliseconds), the collective is gloo through host memory between
-processes, and the limit is the bytes all ranks together move through the memory they share.
+Every combination of `rank_list`, `hidden_list` and `token_list` is measured. With a GPU for every rank each rank is a
+process, NCCL the collective, and the limit is the bytes that leave a rank over the rate of its link. On fewer GPUs the
+ranks of the symmetric exchange are streams of one process on one GPU (processes would take turns of milliseconds), the
+collective is gloo through host memory between processes, and the limit is the bytes all ranks together move through the
+memory they share.
 
 Nothing is computed in between: `combine` returns the rows as they came.
 """
 
-import json
-import multiprocessing
 import os
-import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
-from multiprocessing.connection import Connection
-from pathlib import Path
-from statistics import median
+from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # ranks that are streams must never wait for each other's
 
 import torch
 
-from elastic_moe.deadlines import Deadlines
-from elastic_moe.exchange.collective import CollectiveExchange
-from elastic_moe.exchange.interface import TokenExchange
-from elastic_moe.exchange.layout import ExchangeLayout
-from elastic_moe.group.epoch_groups import EpochGroups
-from elastic_moe.group.epoch_store import EpochStore, StoreServer
-from elastic_moe.group.view import Member, View
-
-TIMEOUT_S = 10.0
-NVLINK_BYTES_PER_S = 250e9
-"""A peer copy between two H200, one direction."""
-MEMORY_BYTES_PER_S = {"H200": 4.3e12, "H100": 3.0e12}
-"""Measured, read and written together."""
-MOST_GLOO_BYTES = 64e6
-"""Of one rank's dispatch through host memory; larger ones take seconds."""
-PAIRS = 20
-"""Dispatches and combines in a graph."""
-REPEATS = 15
+from launch.benchmarks.config import BenchConfig
+from launch.benchmarks.lanes import Shape, in_one_process, in_processes
+from launch.gpus import Rates, gpus_for, rates_of
 
 
-@dataclass
-class ExchangeBench:
-    """Every combination is measured. E experts, spread evenly over the ranks; each token goes to K of them."""
-
-    ranks: list[int] = field(default_factory=lambda: [2, 4, 8])
-    tokens: list[int] = field(default_factory=lambda: [1, 16, 64, 128, 256, 4096])
-    hidden: list[int] = field(default_factory=lambda: [2048, 4096, 7168])
-    experts: int = 128
-    top_k: int = 8
-    fp8: bool = False
-
-
-@dataclass(frozen=True)
-class Shape:
-    """T tokens of every rank."""
-
-    ranks: int
-    tokens: int
-    hidden: int
-    experts: int
-    top_k: int
-    fp8: bool
-
-    @property
-    def layout(self) -> ExchangeLayout:
-        """bfloat16."""
-        return ExchangeLayout(self.ranks, self.experts // self.ranks, self.tokens, self.top_k, self.hidden, 2)
-
-    def routes(self, rank: int) -> torch.Tensor:
-        """int64 [T, K] slots that `rank` sends to: K different ones at random."""
-        generator = torch.Generator().manual_seed(rank)
-        return torch.rand((self.tokens, self.experts), generator=generator).argsort(1)[:, : self.top_k].contiguous()
-
-    def copies(self, rank: int) -> tuple[int, int]:
-        """(tokens that travel to ranks, this one not counted; rows they become at the other ranks)."""
-        owners = self.routes(rank) // (self.experts // self.ranks)
-        travels = sum(int((owners == peer).any(1).sum()) for peer in range(self.ranks) if peer != rank)
-        return travels, int((owners != rank).sum())
-
-
-def limits_us(shape: Shape, one_gpu: bool) -> tuple[float, float]:
-    """The least time for dispatch and for combine, see the module's docstring."""
-    row = shape.hidden * 2
-    sent = row // 2 + shape.hidden // 128 * 4 if shape.fp8 else row
-    tokens, rows = zip(*(shape.copies(rank) for rank in range(shape.ranks)), strict=True)
-    if not one_gpu:
-        return max(tokens) * sent / NVLINK_BYTES_PER_S * 1e6, max(rows) * row / NVLINK_BYTES_PER_S * 1e6
-    rate = memory_rate()
-    all_rows = shape.ranks * shape.tokens * shape.top_k
-    arrived = sum(tokens) + sum(_at_home(shape, rank) for rank in range(shape.ranks))
-    read = shape.ranks * shape.tokens * row
-    return (read + 2 * arrived * sent + all_rows * row) / rate * 1e6, 2 * all_rows * row / rate * 1e6
-
-
-def _at_home(shape: Shape, rank: int) -> int:
-    return int((shape.routes(rank) // (shape.experts // shape.ranks) == rank).any(1).sum())
-
-
-def memory_rate() -> float:
-    """Bytes per second of this GPU's memory."""
-    name = torch.cuda.get_device_name()
-    return next((rate for part, rate in MEMORY_BYTES_PER_S.items() if part in name), 3.0e12)
-
-
-def run(config: Any) -> Iterator[dict[str, Any]]:
-    """Measure every combination of `config`, one result after the other; of the defaults, if it is no `ExchangeBench`.
+def run(config: BenchConfig) -> Iterator[dict[str, Any]]:
+    """One result for each combination; times in microseconds.
 
     Raises:
         ValueError: there is no GPU.
     """
-    if not torch.cuda.is_available():
-        raise ValueError("bench=exchange needs an NVIDIA GPU")
-    config = config if isinstance(config, ExchangeBench) else ExchangeBench()
-    for ranks in config.ranks:
+    gpus = gpus_for(config.name)
+    device = torch.cuda.get_device_name()
+    rates = rates_of(device)
+    for ranks in config.numbers("rank_list"):
         shapes = [
-            Shape(ranks, tokens, hidden, config.experts, config.top_k, config.fp8)
-            for hidden in config.hidden
-            for tokens in config.tokens
+            Shape(config.seed, ranks, tokens, hidden, config.experts, config.top_k, config.fp8)
+            for hidden in config.numbers("hidden_list")
+            for tokens in config.numbers("token_list")
         ]
-        own_gpus = torch.cuda.device_count() >= ranks
-        collective = in_processes(shapes, own_gpus)
+        own_gpus = gpus.num >= ranks
+        collective = in_processes(shapes, own_gpus, config.repeats)
         for shape, figures in zip(shapes, collective, strict=True):
             if not own_gpus:
-                if not fits(shape):
+                if not shape.fits:
                     continue
-                figures |= in_one_process(shape)
-            dispatch, combine = limits_us(shape, not own_gpus)
-            yield asdict(shape) | {
-                "device": torch.cuda.get_device_name(),
-                "one_gpu": not own_gpus,
-                "dispatch_limit_us": dispatch,
-                "combine_limit_us": combine,
-                **figures,
-            }
+                figures |= in_one_process(shape, config.repeats)
+            dispatch, combine = limits_us(shape, rates, not own_gpus) if rates else (None, None)
+            row = {"one_gpu": not own_gpus, "dispatch_limit_us": dispatch, "combine_limit_us": combine, **figures}
+            rounded = {key: round(value, 2) if isinstance(value, float) else value for key, value in row.items()}
+            yield asdict(shape) | {"device": device} | rounded
 
 
-def in_one_process(shape: Shape) -> dict[str, float]:
-    """All ranks on the current GPU, each a stream."""
-    device = torch.device("cuda", torch.cuda.current_device())
-    exchanges = [symmetric(shape, rank, device) for rank in range(shape.ranks)]
-    view = view_of(shape.ranks, "")
-    for exchange in exchanges:
-        exchange.enter(view, shape.experts // shape.ranks, lambda: None)
-    lanes = [Lane(shape, rank, exchange, device) for rank, exchange in enumerate(exchanges)]
-    figures = timed(lanes)
-    for exchange in exchanges:
-        exchange.check()
-    for exchange in exchanges:
-        exchange.close()
-    del lanes, exchanges
-    torch.cuda.empty_cache()
-    return figures
-
-
-class Lane:
-    """One rank's calls on a stream of its own, and two graphs of them."""
-
-    def __init__(self, shape: Shape, rank: int, exchange: Any, device: torch.device) -> None:
-        self.shape = shape
-        self.exchange = exchange
-        self.stream = torch.cuda.Stream(device)
-        self.hidden = torch.randn((shape.tokens, shape.hidden), device=device).bfloat16()
-        self.slots = shape.routes(rank).to(device)
-        torch.cuda.synchronize(device)
-        self.dispatches = self._captured(self.dispatch)
-        self.pairs = self._captured(self.pair)
-
-    def warm(self) -> None:
-        """Have the allocator hold what a call takes: it would wait for the kernels of other lanes."""
-        layout = self.shape.layout
-        shape = (layout.max_rows(self.shape.tokens, layout.max_slots), self.shape.hidden)
-        with torch.cuda.stream(self.stream):
-            rows = [self.hidden.new_empty(shape) for _ in range(2)]
-            rows.clear()
-
-    def dispatch(self) -> None:
-        """Alone, over and over, its rows are overwritten while they are read: for timing only."""
-        self.exchange.dispatch(self.hidden, self.slots)
-
-    def pair(self) -> None:
-        """Dispatch and combine."""
-        sent = self.exchange.dispatch(self.hidden, self.slots)
-        self.exchange.combine(sent.rows, sent.ticket)
-
-    def _captured(self, call: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self.stream):
-            for _ in range(PAIRS):
-                call()
-        return graph
-
-
-def timed(lanes: list[Lane]) -> dict[str, float]:
-    """Microseconds of one call, of the slowest rank: in graphs, and what it takes the host to launch a pair."""
-    dispatch = _replayed(lanes, lambda lane: lane.dispatches)
-    pair = _replayed(lanes, lambda lane: lane.pairs)
-    for lane in lanes:
-        lane.warm()
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    for _ in range(PAIRS):
-        for lane in lanes:
-            with torch.cuda.stream(lane.stream):
-                lane.pair()
-    host = (time.perf_counter() - begin) / PAIRS / len(lanes)
-    torch.cuda.synchronize()
-    return {
-        "dispatch_us": dispatch,
-        "combine_us": pair - dispatch,
-        "pair_us": pair,
-        "host_us": host * 1e6,
-    }
-
-
-def _replayed(lanes: list[Lane], graph_of: Callable[[Lane], torch.cuda.CUDAGraph]) -> float:
-    times = []
-    for _ in range(REPEATS):
-        torch.cuda.synchronize()
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        for lane in lanes:
-            lane.stream.wait_event(begin)
-            with torch.cuda.stream(lane.stream):
-                graph_of(lane).replay()
-        for lane in lanes:
-            torch.cuda.current_stream().wait_stream(lane.stream)
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / PAIRS)
-    return median(times[3:])
-
-
-def in_processes(shapes: list[Shape], own_gpus: bool) -> list[dict[str, Any]]:
-    """The collective exchange, each rank a process; with a GPU each, also the symmetric one. Of the slowest rank."""
-    context = multiprocessing.get_context("spawn")
-    store = StoreServer("127.0.0.1")
-    pipes = [context.Pipe() for _ in range(shapes[0].ranks)]
-    processes = [
-        context.Process(target=_rank, args=(rank, store.address, shapes, own_gpus, pipe), daemon=True)
-        for rank, (_, pipe) in enumerate(pipes)
-    ]
-    for process, (_, theirs) in zip(processes, pipes, strict=True):
-        process.start()
-        theirs.close()
-    try:
-        said = [ours.recv() for ours, _ in pipes]
-    except EOFError as error:
-        raise RuntimeError("a rank of the collective exchange has failed") from error
-    finally:
-        for process in processes:
-            process.join(10)
-            process.kill()
-    return [{key: max_of(key, figures) for key in figures[0]} for figures in zip(*said, strict=True)]
-
-
-def max_of(key: str, figures: tuple[dict[str, Any], ...]) -> Any:
-    """The slowest rank's figure."""
-    return max(figure[key] for figure in figures)
-
-
-def _rank(rank: int, store: str, shapes: list[Shape], own_gpus: bool, pipe: Connection) -> None:
-    torch.set_num_threads(1)
-    torch.cuda.set_device(rank % torch.cuda.device_count())
-    device = torch.device("cuda", torch.cuda.current_device())
-    torch.zeros(1, device=device)
-    _meet(EpochStore(store, 60.0), rank, shapes[0].ranks)
-    name = store.replace(":", "-")
-    view = view_of(shapes[0].ranks, store, name)
-    deadlines = Deadlines.of(len(view.members), exchange_s=120.0)
-    groups = EpochGroups(view, rank, device if own_gpus else torch.device("cpu"), deadlines).build()
-    results = []
-    for number, shape in enumerate(shapes):
-        figures: dict[str, Any] = {"collective": "nccl" if own_gpus else "gloo", "collective_us": 0.0}
-        sent = shape.tokens * shape.top_k * shape.hidden * 2
-        if own_gpus or sent <= MOST_GLOO_BYTES:
-            exchange = CollectiveExchange(groups.data, view.ranks, shape.experts // shape.ranks)
-            figures["collective_us"] = collective_us(shape, rank, exchange, device, groups, own_gpus)
-        if own_gpus:
-            ours = symmetric(shape, rank, device, f"{name}-{number}")
-            there = view_of(shape.ranks, "", f"{name}-{number}")
-            ours.enter(there, shape.experts // shape.ranks, groups.control.barrier)
-            figures |= timed([Lane(shape, rank, ours, device)])
-            ours.check()
-            groups.control.barrier()
-            ours.close()
-        results.append(figures)
-    pipe.send(results)
-
-
-def collective_us(
-    shape: Shape, rank: int, exchange: TokenExchange, device: torch.device, groups: EpochGroups, own_gpus: bool
-) -> float:
-    """Median of dispatch and combine, eager, tokens and results in GPU memory."""
-    hidden = torch.randn((shape.tokens, shape.hidden), device=device).bfloat16()
-    slots = shape.routes(rank).to(device)
-    times = []
-    for _ in range(REPEATS if own_gpus else 5):
-        torch.cuda.synchronize()
-        groups.control.barrier()
-        begin = time.perf_counter()
-        if own_gpus:
-            sent = exchange.dispatch(hidden, slots)
-            exchange.combine(sent.rows, sent.ticket)
-        else:  # gloo has no bfloat16 sums, but bytes are bytes
-            sent = exchange.dispatch(hidden.cpu(), slots.cpu())
-            exchange.combine(sent.rows.to(device).cpu(), sent.ticket).to(device)
-        torch.cuda.synchronize()
-        times.append((time.perf_counter() - begin) * 1e6)
-    return median(times[2:])
-
-
-def symmetric(shape: Shape, rank: int, device: torch.device, prefix: str = "") -> Any:
-    """The exchange of one rank; where Triton is."""
-    from elastic_moe.exchange.symmetric import SymmetricExchange
-
-    name = _incarnation(rank, prefix)
-    return SymmetricExchange(name, rank, shape.layout, torch.bfloat16, device, timeout_s=TIMEOUT_S, fp8=shape.fp8)
-
-
-def view_of(ranks: int, store: str, prefix: str = "") -> View:
-    """All ranks, on this host."""
-    members = (Member(rank, 0, _incarnation(rank, prefix), 0, "127.0.0.1", "", store) for rank in range(ranks))
-    return View(1, tuple(members))
-
-
-def _incarnation(rank: int, prefix: str) -> str:
-    return f"bench-{prefix or os.getpid()}-{rank}"
-
-
-def _meet(store: EpochStore, rank: int, count: int) -> None:
-    store.set(f"ready/{rank}", "")
-    store.multi_get([f"ready/{other}" for other in range(count)])
-
-
-def fits(shape: Shape) -> bool:
-    """Whether all ranks' buffers and rows fit on one GPU."""
-    layout = shape.layout
-    rows = layout.max_rows(shape.tokens, layout.max_slots) * layout.row_bytes
-    return shape.ranks * (layout.num_bytes + 5 * rows) < 0.85 * torch.cuda.mem_get_info()[0]
-
-
-def main() -> None:
-    """Print every result as JSON; arguments like `ranks=2,8 hidden=7168` choose."""
-    config = ExchangeBench()
-    for argument in sys.argv[1:]:
-        key, _, value = argument.partition("=")
-        if not hasattr(config, key):
-            sys.exit(f"no such setting: {key}; there are {', '.join(asdict(config))}")
-        numbers, kind = [int(part) for part in value.split(",")], type(getattr(config, key))
-        setattr(config, key, numbers if kind is list else kind(numbers[0]))
-    for result in run(config):
-        rounded = {key: round(value, 2) if isinstance(value, float) else value for key, value in result.items()}
-        print(json.dumps(rounded), flush=True)
-
-
-if __name__ == "__main__":
-    main()
+def limits_us(shape: Shape, rates: Rates, one_gpu: bool) -> tuple[float, float]:
+    """The least time for dispatch and for combine of all ranks, see the module's docstring."""
+    row = shape.hidden * 2
+    sent = row // 2 + shape.hidden // 128 * 4 if shape.fp8 else row
+    tokens, rows = zip(*(shape.copies(rank) for rank in range(shape.ranks)), strict=True)
+    if not one_gpu:
+        return max(tokens) * sent / rates.link_bytes_per_s * 1e6, max(rows) * row / rates.link_bytes_per_s * 1e6
+    all_rows = shape.ranks * shape.tokens * shape.top_k
+    arrived = sum(tokens) + sum(shape.at_home(rank) for rank in range(shape.ranks))
+    read = shape.ranks * shape.tokens * row
+    dispatch, combine = read + 2 * arrived * sent + all_rows * row, 2 * all_rows * row
+    return dispatch / rates.memory_bytes_per_s * 1e6, combine / rates.memory_bytes_per_s * 1e6

@@ -5,22 +5,21 @@ NCCL is measured too), or share what there is: every text is compared with an un
 from disk where it has no live copy.
 """
 
-import asyncio
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
+from contextlib import ExitStack
 from typing import Any
 
+import httpx
 from rich.console import Console
 
 from launch.benchmarks.config import BenchConfig
-from launch.chaos import Chaos
 from launch.config import load
 from launch.faults.config import ChaosRunConfig, server_overrides
+from launch.faults.driver import break_server
 from launch.faults.kinds import schedule
-from launch.faults.server import OwnServer
 from launch.gpus import gpus_for, ways
-from launch.random_model import SHAPES, make_random_model
+from launch.random_model import SHAPES, random_model
+from launch.server import OwnServer, ServerFailed
 
 KINDS = "calm,kill,kill_two,kill_in_recovery"
 FOR_TWO_RANKS = "calm,kill"
@@ -33,11 +32,10 @@ def run(config: BenchConfig) -> Iterator[dict[str, Any]]:
         ValueError: there is no GPU, or the server failed.
     """
     gpus, machine = gpus_for(config.name)
-    with tempfile.TemporaryDirectory(prefix="gpu-model-") as folder:
+    with ExitStack() as stack:
         model = ["model=demo"]
         if config.model == "random":
-            make_random_model(Path(folder), config.seed, SHAPES[config.shape])
-            model = ["model=hf", f"model.path={folder}", "model.name=random"]
+            model = stack.enter_context(random_model(config.seed, SHAPES[config.shape]))
         for kind, graphs in ways(config.ranks, gpus):
             found = _break_it(config, [*model, f"exchange.kind={kind}", f"serving.cuda_graphs={str(graphs).lower()}"])
             yield {"machine": machine, "ranks": config.ranks, "exchange": kind, "cuda_graphs": graphs, **found}
@@ -60,9 +58,9 @@ def _break_it(config: BenchConfig, chosen: list[str]) -> dict[str, Any]:
     chaos = load(ChaosRunConfig, "chaos", overrides)
     with OwnServer(config.ranks, 1, server_overrides(chaos, overrides)) as server:
         try:
-            found = asyncio.run(Chaos(chaos.chaos, server, Console(stderr=True)).run())
-        except RuntimeError as error:
-            raise ValueError(f"{error} (what the server said: {server.folder})") from error
+            found = break_server(chaos.chaos, server, Console(stderr=True))
+        except (ServerFailed, httpx.HTTPError) as error:
+            raise ValueError(f"{error or type(error).__name__} (what the server said: {server.folder})") from error
     faults = schedule(config.seed, config.repeats, chaos.chaos.kind_names(), [0] * config.ranks)
     restored = sum(found["bytes_by_source"].values()) / max(1, sum(fault.kind != "calm" for fault in faults))
     repair_s = found["phase_ms"].get("repair", {"p50": 0.0})["p50"] / 1e3

@@ -7,23 +7,18 @@ round otherwise. The limit beside each figure is that of each GPU reading the we
 """
 
 import asyncio
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import httpx
 
 from launch.benchmarks.config import BenchConfig
-from launch.faults.load import PROMPTS, Answer, Ask, Load, gaps_s
-from launch.faults.server import OwnServer, Target
-from launch.gpus import gpus_for, ways
-from launch.random_model import SHAPES, bytes_per_step, make_random_model
-
-MEMORY_BYTES_PER_S = {"H100": 3.35e12, "H200": 4.3e12}
-"""Datasheet of the H100, measured on the H200 (docs/performance.md)."""
-WARM_UP_TOKENS = 8
+from launch.figures import percentile
+from launch.gpus import gpus_for, rates_of, ways
+from launch.random_model import SHAPES, bytes_per_step, random_model
+from launch.server import OwnServer, ServerFailed, Target
+from launch.streams import PROMPTS, Load, gaps_s, greedy_asks
 
 
 def run(config: BenchConfig) -> Iterator[dict[str, Any]]:
@@ -33,23 +28,20 @@ def run(config: BenchConfig) -> Iterator[dict[str, Any]]:
         ValueError: there is no GPU, or a server failed.
     """
     gpus, machine = gpus_for(config.name)
-    with tempfile.TemporaryDirectory(prefix="gpu-model-") as folder:
-        make_random_model(Path(folder), config.seed, SHAPES[config.shape])
+    with random_model(config.seed, SHAPES[config.shape]) as model:
         wanted: dict[int, list[str]] = {}
-        for ranks in config.rank_counts():
+        for ranks in config.numbers("rank_list"):
             for kind, graphs in ways(ranks, gpus):
-                for row in asyncio.run(_measure(folder, ranks, kind, graphs, config, wanted)):
+                for row in _measure(model, ranks, kind, graphs, config, wanted):
                     row["limit_itl_ms"] = _limit_ms(machine, config, row["streams"], min(ranks, gpus))
                     yield {"machine": machine, "ranks": ranks, "exchange": kind, "cuda_graphs": graphs, **row}
 
 
-async def _measure(
-    folder: str, ranks: int, kind: str, graphs: bool, config: BenchConfig, wanted: dict[int, list[str]]
+def _measure(
+    model: list[str], ranks: int, kind: str, graphs: bool, config: BenchConfig, wanted: dict[int, list[str]]
 ) -> Sequence[dict[str, Any]]:
     overrides = [
-        "model=hf",
-        f"model.path={folder}",
-        "model.name=random",
+        *model,
         f"model.dtype={config.dtype}",
         "model.device=cuda",
         "server.port=0",
@@ -61,19 +53,24 @@ async def _measure(
     ]
     with OwnServer(ranks, 1, overrides) as server:
         try:
-            target = Target(await server.url())
-            await target.until_all_serve(ranks)
-            rows = [await _stream(target, streams, config, wanted) for streams in config.stream_counts()]
-            await target.close()
-        except (RuntimeError, httpx.HTTPError) as error:
+            rows = asyncio.run(_stream_all(server.url, ranks, config, wanted))
+        except (ServerFailed, httpx.HTTPError) as error:
             raise ValueError(f"{error or type(error).__name__} (what the server said: {server.folder})") from error
         server.forget_output()
     return rows
 
 
+async def _stream_all(
+    url: str, ranks: int, config: BenchConfig, wanted: dict[int, list[str]]
+) -> Sequence[dict[str, Any]]:
+    async with Target(url) as target:
+        await target.until_all_serve(ranks)
+        return [await _stream(target, streams, config, wanted) for streams in config.numbers("stream_list")]
+
+
 async def _stream(target: Target, streams: int, config: BenchConfig, wanted: dict[int, list[str]]) -> dict[str, Any]:
     """The second of two equal runs: in the first, graphs are captured."""
-    asks = [Ask(PROMPTS[i % len(PROMPTS)], config.tokens, temperature=0.0, seed=0) for i in range(streams)]
+    asks = greedy_asks(PROMPTS, streams, config.tokens)
     model = await target.model()
     await Load(target.url, model, asks).run()
     load = Load(target.url, model, asks)
@@ -82,20 +79,16 @@ async def _stream(target: Target, streams: int, config: BenchConfig, wanted: dic
     seconds = time.monotonic() - begin
     texts = [answer.text for answer in load.answers]
     same = sum(text == other for text, other in zip(texts, wanted.setdefault(streams, texts), strict=True))
-    gaps = sorted(gaps_s(load.answers))
+    gaps_ms = [gap * 1e3 for gap in gaps_s(load.answers)]
     return {
         "streams": streams,
-        "tokens_per_s": _num_tokens(load.answers) / seconds,
-        "itl_ms": {"p50": gaps[len(gaps) // 2] * 1e3, "p99": gaps[int(len(gaps) * 0.99)] * 1e3},
+        "tokens_per_s": sum(answer.num_tokens for answer in load.answers) / seconds,
+        "itl_ms": {"p50": percentile(gaps_ms, 50), "p99": percentile(gaps_ms, 99)},
         "tokens_equal": same == len(texts),
         "texts_equal": f"{same}/{len(texts)}",
     }
 
 
 def _limit_ms(machine: str, config: BenchConfig, streams: int, num_gpus: int) -> float | None:
-    rate = next((rate for name, rate in MEMORY_BYTES_PER_S.items() if name in machine), None)
-    return bytes_per_step(SHAPES[config.shape], streams, num_gpus) / rate * 1e3 if rate else None
-
-
-def _num_tokens(answers: Sequence[Answer]) -> int:
-    return sum(answer.num_tokens for answer in answers)
+    rates = rates_of(machine)
+    return bytes_per_step(SHAPES[config.shape], streams, num_gpus) / rates.memory_bytes_per_s * 1e3 if rates else None

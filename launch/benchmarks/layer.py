@@ -1,13 +1,13 @@
 """bench=layer: the experts of one MoE layer on one GPU, beside the limits of the chip and transformers' own.
 
-`limit_us` is max(bytes / bandwidth, FLOPs / rate) with the weights of each expert that
-has a token read once; the ceilings are those measured on the H200 of docs/performance.md. Every figure is the median
+`limit_us` is max(bytes / bandwidth, FLOPs / rate) with the weights of each expert that has a token read once, and the
+rates of launch/gpus.py; null, as what is compared with it, on a card that it does not know. Every figure is the median
 of Triton's do_bench, which empties the L2 cache before each call; ours is taken before and after the peers.
 """
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,9 +20,8 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from elastic_moe.experts.grouped import FusedExperts, fused_experts
 from launch.benchmarks.config import BenchConfig
+from launch.gpus import Rates, gpus_for, rates_of
 
-MEMORY_BYTES_PER_S = 4.3e12
-BF16_FLOP_PER_S = 790e12
 MOST_GATHERED_BYTES = 40e9
 """batched_mm copies the weights of every pair; larger copies are not tried."""
 
@@ -59,24 +58,24 @@ class Result:
     shape: str
     tokens: int
     active: int
-    limit_us: float
+    limit_us: float | None
     bound: str
     ours_us: float
     ours_graph_us: float
     peers_us: dict[str, float]
     peers_graph_us: dict[str, float]
-    share_of_limit: float
-    share_of_limit_graph: float
+    share_of_limit: float | None
+    share_of_limit_graph: float | None
     speedup: float
     speedup_graph: float
     error: float
 
 
-def limit_us(shape: Shape, num_tokens: int, active: int) -> tuple[float, str]:
+def limit_us(shape: Shape, num_tokens: int, active: int, rates: Rates) -> tuple[float, str]:
     """The least time for T tokens whose experts are `active` different ones, and what sets it: memory or matrix."""
     weights = 3 * shape.hidden * shape.inner
-    memory = active * weights * 2 / MEMORY_BYTES_PER_S
-    matrix = num_tokens * shape.top_k * weights * 2 / BF16_FLOP_PER_S
+    memory = active * weights * 2 / rates.memory_bytes_per_s
+    matrix = num_tokens * shape.top_k * weights * 2 / rates.bf16_flop_per_s
     return max(memory, matrix) * 1e6, "memory" if memory > matrix else "matrix"
 
 
@@ -96,13 +95,13 @@ def build(shape: Shape) -> tuple[Any, FusedExperts]:
     return module, fused
 
 
-def measure(shape: Shape, module: Any, fused: FusedExperts, num_tokens: int) -> Result:
+def measure(shape: Shape, module: Any, fused: FusedExperts, num_tokens: int, rates: Rates | None) -> Result:
     """All implementations on the same random tokens and routing."""
     hidden = torch.randn((num_tokens, shape.hidden), dtype=torch.bfloat16, device="cuda")
     index = torch.rand((num_tokens, shape.experts), device="cuda").topk(shape.top_k).indices.contiguous()
     weights = torch.rand((num_tokens, shape.top_k), device="cuda").softmax(-1).bfloat16()
     active = int(index.unique().numel())
-    limit, bound = limit_us(shape, num_tokens, active)
+    limit, bound = limit_us(shape, num_tokens, active, rates) if rates else (None, "")
 
     def ours() -> torch.Tensor:
         return fused.compute_routed(hidden, index, weights)
@@ -140,8 +139,8 @@ def measure(shape: Shape, module: Any, fused: FusedExperts, num_tokens: int) -> 
         ours_graph_us=mine_graph,
         peers_us=peers,
         peers_graph_us=peers_graph,
-        share_of_limit=limit / mine,
-        share_of_limit_graph=limit / mine_graph,
+        share_of_limit=limit / mine if limit else None,
+        share_of_limit_graph=limit / mine_graph if limit else None,
         speedup=min(peers.values()) / mine,
         speedup_graph=min(peers_graph.values()) / mine_graph,
         error=float((ours().double() - wanted).norm() / wanted.norm()),
@@ -171,24 +170,18 @@ def time_us(call: Call) -> float:
     return milliseconds * 1e3
 
 
-def results(shapes: Sequence[Shape] = SHAPES, tokens: Sequence[int] = TOKENS) -> Iterator[Result]:
-    """One after the other, as they are measured."""
-    torch.manual_seed(0)
-    for shape in shapes:
+def run(config: BenchConfig) -> Iterator[dict[str, Any]]:
+    """Every result, as it is measured, figures rounded."""
+    gpus_for(config.name)
+    rates = rates_of(torch.cuda.get_device_name())
+    torch.manual_seed(config.seed)
+    for shape in SHAPES:
         module, fused = build(shape)
-        for num_tokens in tokens:
+        for num_tokens in TOKENS:
             with torch.no_grad():
-                yield measure(shape, module, fused, num_tokens)
+                yield _rounded(asdict(measure(shape, module, fused, num_tokens, rates)))
         del module, fused
         torch.cuda.empty_cache()
-
-
-def run(config: BenchConfig) -> Iterator[dict[str, Any]]:
-    """Every result, figures rounded."""
-    if not torch.cuda.is_available():
-        raise ValueError("bench=layer needs a Hopper GPU and Triton")
-    for result in results():
-        yield _rounded(asdict(result))
 
 
 def _rounded(value: Any) -> Any:

@@ -1,19 +1,18 @@
 """bench=rebalance: what the load balancer costs those who stream, and how soon it follows a shift of the load.
 
 One server for each `eplb.mode`, all up at once (on CPUs about 540 MiB a rank), one at a time under load: `streams`
-greedy streams about the King James Bible, and when they have ended as many about Python and Debian. Rounds alternate
+greedy streams about the King James Bible, and when they are complete as many about Python and Debian. Rounds alternate
 over the modes, each beginning with another one; the first requests, short ones, are not counted. Progress goes to
-standard error. `rebalance_summary.py` says what the figures are.
+standard error. `windows.py` says what the figures are.
 """
 
 import asyncio
 import os
 import sys
-import tempfile
 import time
 import timeit
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,10 @@ import numpy as np
 
 from elastic_moe.placement.balancedness import balancedness
 from launch.benchmarks.config import BenchConfig
-from launch.benchmarks.rebalance_summary import MODES, Window, summary
-from launch.faults.load import PROMPTS, Ask, Load
-from launch.faults.server import OwnServer, Target
-from launch.random_model import SHAPE, SHAPES, make_random_model
+from launch.benchmarks.windows import MODES, Window, summary
+from launch.random_model import SHAPE, SHAPES, random_model
+from launch.server import OwnServer, ServerFailed, Target
+from launch.streams import PROMPTS, Ask, Load, greedy_asks
 
 NUM_SCRIPTURE = 12
 """The first of PROMPTS are of scripture, the others of Python and Debian."""
@@ -43,9 +42,9 @@ def run(config: BenchConfig) -> Iterator[dict[str, Any]]:
         try:
             for mode in MODES:
                 servers[mode] = stack.enter_context(OwnServer(config.ranks, 1, [*overrides, f"eplb.mode={mode}"]))
-                runner.run(_until_it_serves(servers[mode], config.ranks))
-            windows = runner.run(_measure_all(servers, config))
-        except (RuntimeError, httpx.HTTPError) as error:
+                runner.run(_until_it_serves(servers[mode].url, config.ranks))
+            windows = runner.run(_measure_all({mode: server.url for mode, server in servers.items()}, config))
+        except (ServerFailed, httpx.HTTPError) as error:
             folders = ", ".join(str(server.folder) for server in servers.values())
             raise ValueError(f"{error or type(error).__name__} (what the servers said: {folders})") from error
         for server in servers.values():
@@ -58,9 +57,7 @@ def _overrides(config: BenchConfig, stack: ExitStack) -> list[str]:
     chosen = ["model=demo"]
     on_gpu = config.device == "cuda"
     if config.model == "random":
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="random-model-")))
-        make_random_model(folder, config.seed, SHAPES[config.shape] if on_gpu else SHAPE)
-        chosen = ["model=hf", f"model.path={folder}", "model.name=random"]
+        chosen = stack.enter_context(random_model(config.seed, SHAPES[config.shape] if on_gpu else SHAPE))
     return [
         *chosen,
         f"model.device={config.device}",
@@ -75,36 +72,26 @@ def _overrides(config: BenchConfig, stack: ExitStack) -> list[str]:
     ]
 
 
-async def _until_it_serves(server: OwnServer, num_ranks: int) -> None:
-    target = Target(await server.url())
-    try:
+async def _until_it_serves(url: str, num_ranks: int) -> None:
+    async with Target(url) as target:
         await target.until_all_serve(num_ranks)
-    finally:
-        await target.close()
 
 
-async def _measure_all(servers: Mapping[str, OwnServer], config: BenchConfig) -> dict[str, list[Window]]:
-    targets = {mode: Target(await server.url()) for mode, server in servers.items()}
+async def _measure_all(urls: Mapping[str, str], config: BenchConfig) -> dict[str, list[Window]]:
     scripture, manuals = PROMPTS[:NUM_SCRIPTURE], PROMPTS[:NUM_SCRIPTURE:-1]
-    domains = [_asks(prompts, config.streams, config.tokens) for prompts in (scripture, manuals)]
+    domains = [greedy_asks(prompts, config.streams, config.tokens) for prompts in (scripture, manuals)]
     windows: dict[str, list[Window]] = {mode: [] for mode in MODES}
-    try:
+    async with AsyncExitStack() as stack:
+        targets = {mode: await stack.enter_async_context(Target(url)) for mode, url in urls.items()}
         for target in targets.values():
             for prompts in (scripture, manuals):
-                await _stream(target, _asks(prompts, config.streams, WARM_UP_TOKENS))
+                await _stream(target, greedy_asks(prompts, config.streams, WARM_UP_TOKENS))
         for number in range(config.repeats):
             first = number % len(MODES)
             for mode in MODES[first:] + MODES[:first]:
                 windows[mode].append(await _measure(targets[mode], domains))
                 _tell(number, mode, windows[mode][-1])
-    finally:
-        for target in targets.values():
-            await target.close()
     return windows
-
-
-def _asks(prompts: Sequence[str], count: int, num_tokens: int) -> list[Ask]:
-    return [Ask(prompts[i % len(prompts)], num_tokens, temperature=0.0, seed=0) for i in range(count)]
 
 
 async def _measure(target: Target, domains: Sequence[Sequence[Ask]]) -> Window:
@@ -134,7 +121,7 @@ async def _stream(target: Target, asks: Sequence[Ask]) -> Load:
     await load.run()
     for answer in load.answers:
         if not answer.finish:
-            raise RuntimeError(f"a stream failed: {answer.error or 'cut off'}")
+            raise ServerFailed(f"a stream failed: {answer.error or 'cut off'}")
     return load
 
 

@@ -41,8 +41,8 @@ class Fired:
     victims: tuple[psutil.Process, ...]
     """Those that got the signal."""
 
-    def gone(self) -> bool:
-        """Whether all of them have ended."""
+    def died(self) -> bool:
+        """Whether all of them have died."""
         return not any(is_alive(process) for process in self.victims)
 
 
@@ -71,7 +71,7 @@ def schedule(seed: int, count: int, kinds: Sequence[str], node_of_rank: Sequence
 
 
 async def fire(fault: Fault, engines: Mapping[int, psutil.Process], node: Sequence[psutil.Process]) -> Fired:
-    """Do it. A victim that is gone before its signal is no victim.
+    """Do it. Who has died before the signal is no victim.
 
     Args:
         fault: what to do.
@@ -91,7 +91,7 @@ async def fire(fault: Fault, engines: Mapping[int, psutil.Process], node: Sequen
 
 
 def is_alive(process: psutil.Process) -> bool:
-    """Whether it has not ended; one that nobody has waited for has."""
+    """Whether it has not died; one that nobody has waited for has."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from launch.faults.kinds import Fault
-from launch.faults.load import Answer, Verdict, compare, gaps_s, percentile
+from launch.faults.verdict import Verdict, compare
+from launch.figures import percentile
+from launch.streams import Answer, gaps_s
 
 KILLS = ("kill", "kill_two", "kill_in_recovery", "corrupt")
-"""Kinds that end processes at once."""
+"""Kinds whose victims die at once."""
 PHASES = ("detect", "view", "groups", "repair", "commit", "repeat")
 
 
@@ -22,7 +24,7 @@ class Round:
     at: float
     """Wall-clock time of the first signal; 0 when none was sent."""
     fired: bool
-    """All victims got the signal and are gone."""
+    """All victims got the signal and died."""
     answers: tuple[Answer, ...]
     reports: tuple[Mapping[str, Any], ...]
     """The events of /elastic/events since the round's start: `rank` and `report`."""
@@ -60,7 +62,7 @@ def placement_fault(status: Mapping[str, Any]) -> str:
 def phases_ms(one: Round) -> dict[str, list[float]]:
     """Milliseconds in each phase, of each survivor, for the recoveries of this round in which a rank was lost.
 
-    `detect` is of kinds that end the process at once; `repeat` is from the end of the last of these recoveries to
+    `detect` is of kinds whose victims die at once; `repeat` is from the end of the last of these recoveries to
     the first piece of any answer, so it includes the way to the client.
     """
     reports = [e["report"] for e in one.reports if e["report"]["lost"] and e["rank"] not in e["report"]["joined"]]

@@ -10,7 +10,7 @@ import pytest
 import msgspec
 import torch
 from support.exchange_cases import SETUPS, Setup, check_gradients, conform, expected_scale_gradients
-from support.harness import run_ranks
+from support.ranks import run_ranks
 
 from elastic_moe.deadlines import Deadlines
 from elastic_moe.errors import PeerLost

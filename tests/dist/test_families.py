@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support.families import FAMILIES, build
-from support.harness import run_ranks
+from support.ranks import run_ranks
 
 from elastic_moe.integrations.transformers import elasticize, meta_model
 from elastic_moe.runtime import ElasticRuntime

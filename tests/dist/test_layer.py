@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from support.harness import run_ranks
+from support.ranks import run_ranks
 from transformers import GptOssConfig, Qwen3MoeConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.elastic_harness import make_checkpoint
-from support.harness import run_ranks
+from support.elastic import make_checkpoint
+from support.ranks import run_ranks
 from transformers import AutoModelForCausalLM
 
 from elastic_moe.config import EplbConfig

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from support.harness import run_ranks
+from support.ranks import run_ranks
 
 from elastic_moe.control.step_gate import StepGate
 from elastic_moe.deadlines import Deadlines

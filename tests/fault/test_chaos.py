@@ -9,14 +9,17 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from support.serving_harness import REPOSITORY, Server, torchrun
+from support.server import Server
 
-from launch.config import load
+from launch.config import REPO, load
 from launch.faults.config import KINDS, ChaosRunConfig, server_overrides
 from launch.faults.disk import flip_experts
 from launch.faults.kinds import AFTER, Fault, schedule
-from launch.faults.load import LENGTHS, Answer, Verdict, compare, gaps_s, make_asks, percentile
 from launch.faults.summary import Round, is_good, longest_wait, placement_fault, summary
+from launch.faults.verdict import Verdict, compare
+from launch.figures import percentile
+from launch.server import torchrun
+from launch.streams import LENGTHS, Answer, gaps_s, make_asks
 
 TWO_NODES = [0, 0, 1, 1]
 
@@ -159,7 +162,7 @@ def test_what_the_server_is_told():
 def run_chaos(*overrides: str) -> dict:
     """The summary of a run that is good."""
     command = [sys.executable, "launch/chaos.py", "chaos.requests=8", *overrides]
-    run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=160, check=False)
+    run = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=160, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     found = json.loads(run.stdout.splitlines()[-1])
     planned = found["faults"]["planned"]

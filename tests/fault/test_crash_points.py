@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.elastic_harness import BUG, STEPS, WORLD, Death, make_checkpoint, run_cluster, wanted
+from support.deaths import BUG, Death
+from support.elastic import STEPS, WORLD, make_checkpoint, run_cluster, wanted
 
 from elastic_moe.control.rebalance import load_balancer
 from elastic_moe.group.process_group import BURY_S

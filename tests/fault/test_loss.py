@@ -9,7 +9,9 @@ from collections.abc import Iterator
 import httpx
 import pytest
 from openai import AsyncOpenAI
-from support.serving_harness import Server, torchrun, wait_until
+from support.server import Server, wait_until
+
+from launch.server import torchrun
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("fault-server"), pytest.mark.timeout(170)]
 

@@ -6,13 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.serving_harness import REPOSITORY
+
+from launch.config import REPO
 
 
 def run_script(folder: Path, *arguments: str, script: str = "examples/score.py") -> subprocess.CompletedProcess[str]:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
     command = [*torchrun, "-m", "elastic_moe.supervise", script, "--out", str(folder), *arguments]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=150, check=False)
+    return subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=150, check=False)
 
 
 def scores(folder: Path) -> list[dict]:
@@ -45,6 +46,6 @@ def test_a_script_that_never_joins_ends_the_launch_with_its_code(tmp_path: Path)
 
 def test_a_missing_script_is_named(tmp_path: Path):
     command = [sys.executable, "-m", "elastic_moe.supervise", str(tmp_path / "none.py")]
-    ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=30, check=False)
+    ended = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=30, check=False)
     assert ended.returncode == 2
     assert "no such script" in ended.stderr

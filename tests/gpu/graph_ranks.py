@@ -1,20 +1,12 @@
-"""Ranks of `elastic_harness` on GPUs: each keeps its MoE layers in one CUDA graph, for all its life."""
+"""Ranks of `support.elastic` on GPUs: each keeps its MoE layers in one CUDA graph, for all its life."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from support.elastic_harness import (
-    STEPS,
-    Death,
-    begin_life,
-    die,
-    end_life,
-    rebalance,
-    result_path,
-    tell_views,
-    write_whole,
-)
+from support.deaths import Death, die
+from support.elastic import STEPS, begin_life, end_life, rebalance, result_path, tell_views
+from support.ranks import write_whole
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from elastic_moe.config import EplbConfig, ExchangeConfig
@@ -28,7 +20,7 @@ IN_REPLAY = "in a replay"
 
 
 def make_checkpoint(folder: Path) -> Path:
-    """As `elastic_harness.make_checkpoint`, in sizes that the kernels take."""
+    """As `support.elastic.make_checkpoint`, in sizes that the kernels take."""
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
         vocab_size=64, hidden_size=HIDDEN, moe_intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -97,8 +89,8 @@ class Graph:
 def work(
     start: bytes, life: int, folder: Path, checkpoint: Path, deaths: Sequence[Death], redundant_slots: int, rounds: int
 ) -> None:
-    """What a rank does; see `elastic_harness.run_cluster`."""
-    seat, mine = begin_life(start, life, folder, deaths)
+    """What a rank does; see `support.elastic.run_cluster`."""
+    seat, mine = begin_life(start, life, deaths)
     rank = seat.launch.rank
     dies_at = {death.nth for death in mine if death.point == IN_REPLAY}
     device = torch.device("cuda", rank % torch.cuda.device_count())

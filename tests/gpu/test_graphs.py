@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from graph_ranks import IN_REPLAY, make_checkpoint, wanted, work
-from support.elastic_harness import STEPS, WORLD, Death, run_cluster
+from support.deaths import Death
+from support.elastic import STEPS, WORLD, run_cluster
 
 from elastic_moe.control.rebalance import load_balancer
 

@@ -10,7 +10,10 @@ import pytest
 import torch
 from openai import AsyncOpenAI
 from support.reference import Reference
-from support.serving_harness import REPOSITORY, Server, torchrun, wait_until
+from support.server import Server, wait_until
+
+from launch.config import REPO
+from launch.server import torchrun
 
 pytestmark = [
     pytest.mark.gpu,
@@ -54,7 +57,7 @@ def test_killed_ranks_change_no_token():
     """One rank, two at once, and a second in the recovery of the first, with enough replicas that graphs stay."""
     faults = ("chaos.faults=4", "chaos.kinds=calm,kill,kill_two,kill_in_recovery", "chaos.requests=8")
     command = [sys.executable, "launch/chaos.py", *SETTINGS, "elastic.redundant_slots=4", *faults]
-    run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=280, check=False)
+    run = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=280, check=False)
     print(run.stderr)
     found = json.loads(run.stdout.splitlines()[-1])
     print(found)

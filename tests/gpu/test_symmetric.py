@@ -14,7 +14,7 @@ from elastic_moe.errors import PeerLost
 triton = pytest.importorskip("triton")
 
 from support import exchange_cases  # noqa: E402
-from support.harness import run_ranks  # noqa: E402
+from support.ranks import run_ranks  # noqa: E402
 from symmetric_ranks import Seat  # noqa: E402
 
 from elastic_moe.deadlines import Deadlines  # noqa: E402

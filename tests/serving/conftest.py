@@ -4,7 +4,9 @@ from collections.abc import Iterator
 
 import pytest
 from support.reference import Reference
-from support.serving_harness import Server, torchrun
+from support.server import Server
+
+from launch.server import torchrun
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,9 @@ from contextlib import ExitStack
 import pytest
 from openai import AsyncOpenAI
 from support.reference import Reference
-from support.serving_harness import Server, two_nodes, wait_until
+from support.server import Server, wait_until
+
+from launch.server import two_nodes
 
 pytestmark = [pytest.mark.xdist_group("two nodes"), pytest.mark.timeout(170)]
 

@@ -9,7 +9,7 @@ import pytest
 from openai import APIStatusError, AsyncOpenAI
 from prometheus_client.parser import text_string_to_metric_families
 from support.reference import Continuation, Reference
-from support.serving_harness import Server, num_requests, wait_until
+from support.server import Server, num_requests, wait_until
 
 pytestmark = pytest.mark.xdist_group("server")
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from openai import AsyncOpenAI
 from prometheus_client.parser import text_string_to_metric_families
-from support.harness import run_ranks
+from support.ranks import run_ranks
 from support.reference import NEAR_TIE, Continuation, Reference
-from support.serving_harness import Server, torchrun, wait_until
+from support.server import Server, wait_until
 
 from elastic_moe.config import EplbConfig
 from elastic_moe.placement.balancedness import balancedness
@@ -22,6 +22,7 @@ from elastic_moe.placement.placement import initial_placement
 from elastic_moe.placement.topology import Topology
 from elastic_moe.runtime import ElasticRuntime
 from elastic_moe.runtime.initial_placement import read_loads
+from launch.server import torchrun
 
 pytestmark = pytest.mark.xdist_group("server")
 

@@ -7,8 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.serving_harness import DEMO_MODEL, REPOSITORY, Ended, Server, run_to_end, torchrun, wait_until
+from support.server import DEMO_MODEL, Ended, Server, run_to_end, wait_until
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from launch.config import REPO
+from launch.server import torchrun
 
 ALONE = [sys.executable]
 """Without torchrun: one rank."""
@@ -102,7 +105,7 @@ def test_a_taken_port_is_refused():
 def test_help_lists_groups_and_keys():
     ended = run_to_end(ALONE, "--help")
     assert (ended.code, ended.err) == (0, "")
-    for option in (REPOSITORY / "conf" / "model").glob("*.yaml"):
+    for option in (REPO / "conf" / "model").glob("*.yaml"):
         assert option.stem in ended.out
     for key in ("model.path", "elastic.redundant_slots", "serving.max_model_len", "server.port", "log_level"):
         (line,) = [line for line in ended.out.splitlines() if line.strip().startswith(f"{key}=")]

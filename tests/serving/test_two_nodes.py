@@ -8,7 +8,9 @@ from contextlib import ExitStack
 import pytest
 from openai import AsyncOpenAI
 from support.reference import Reference
-from support.serving_harness import STOP_WITHIN_S, Launched, Server, run_to_end, two_nodes
+from support.server import STOP_WITHIN_S, Launched, Server, run_to_end
+
+from launch.server import two_nodes
 
 pytestmark = pytest.mark.xdist_group("two nodes")
 

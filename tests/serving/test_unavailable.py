@@ -9,9 +9,10 @@ import httpx
 import pytest
 from openai import AsyncOpenAI
 from support.reference import Continuation, Reference
-from support.serving_harness import DEMO_MODEL, Server, torchrun, wait_until
+from support.server import DEMO_MODEL, Server, wait_until
 
 from launch.faults.disk import flip_experts
+from launch.server import torchrun
 
 pytestmark = pytest.mark.xdist_group("unavailable")
 

@@ -6,7 +6,8 @@ from functools import cache
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from support.serving_harness import DEMO_MODEL, REPOSITORY
+from launch.config import REPO
+from support.server import DEMO_MODEL
 
 NEAR_TIE = 1e-4
 """Two logits nearer than this may change places in another batch: float32 sums depend on the shape of the batch."""
@@ -30,7 +31,7 @@ class Reference:
     def __init__(self) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
         self._model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32).eval()
-        self._words = (REPOSITORY / "LICENSE").read_text().split()
+        self._words = (REPO / "LICENSE").read_text().split()
         self.greedy = cache(self._greedy)
 
     def _greedy(self, prompt: str, max_tokens: int) -> Continuation:

@@ -1,12 +1,12 @@
 """The front end's side of the balancer: operations, loads, events and metrics, and the HTTP API over them."""
 
 import asyncio
-from pathlib import Path
 from typing import Any
 
 import pytest
-from support.frontend_harness import FakeEngine, front_end, make_checkpoint, make_config
+from support.front_end import FakeEngine, front_end
 
+from elastic_moe.config import ServeConfig
 from elastic_moe.control.report import RebalanceReport, Report
 from elastic_moe.serving.front_end import balance_desk as module
 from elastic_moe.serving.front_end.balance_desk import BalanceDesk, BalancerOff, LoadDump
@@ -17,11 +17,6 @@ from elastic_moe.serving.protocol import AskLoads, Event, Loads, Rebalance
 pytestmark = pytest.mark.anyio
 
 OFF = "eplb.mode=off: start the server with eplb.mode=async (or sync) to rebalance"
-
-
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
 
 
 class Link:
@@ -156,13 +151,8 @@ def test_recoveries_are_told_beside_rounds():
     assert count_of(metrics, "faults_total") == 1.0
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("checkpoint"))
-
-
-async def test_the_api_of_a_server_without_balancer(checkpoint: Path):
-    async with front_end(make_config(checkpoint)) as fe:
+async def test_the_api_of_a_server_without_balancer(config: ServeConfig):
+    async with front_end(config) as fe:
         await fe.join(FakeEngine(0, [0]))
         refused = await fe.client.post("/elastic/rebalance")
         unknown = await fe.client.get("/elastic/ops/nobody")

@@ -4,7 +4,8 @@ import random
 from collections.abc import Sequence
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from support.front_end import byte_level_tokenizer
+from tokenizers import Tokenizer, decoders, models
 
 from elastic_moe.serving.front_end.detokenizer import WINDOW, CompletionText, Detokenizer, StopStrings
 
@@ -17,13 +18,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def byte_level() -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, special_tokens=["<end>"])
-    tokenizer.train_from_iterator(TEXTS, trainer)
-    return tokenizer
+    return byte_level_tokenizer(TEXTS, vocab_size=330)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import openai
 import pytest
-from support.frontend_harness import MODEL_LIMIT, FakeEngine, front_end, make_checkpoint, make_config, until
+from support.front_end import END, MODEL_LIMIT, FakeEngine, front_end, make_config, until
 
 from elastic_moe.config import ServeConfig
 from elastic_moe.serving.front_end.detokenizer import CompletionText
@@ -13,23 +13,7 @@ from elastic_moe.serving.protocol import Sampling
 
 pytestmark = pytest.mark.anyio
 
-END = 0  # the end-of-sequence token
 TEXT = " quick na\u00efve \U0001f600 fox"
-
-
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("checkpoint"))
-
-
-@pytest.fixture
-def config(checkpoint: Path) -> ServeConfig:
-    return make_config(checkpoint)
 
 
 async def test_a_stream_has_the_text_of_a_whole_answer(config: ServeConfig):

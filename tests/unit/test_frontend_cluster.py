@@ -1,34 +1,17 @@
 """The front end while the cluster changes: health, routing, lost ranks, clients that go away."""
 
 import asyncio
-from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from support.frontend_harness import FakeEngine, front_end, make_checkpoint, make_config, until
+from support.front_end import END, FakeEngine, front_end, until
 
 from elastic_moe.config import ServeConfig
 from elastic_moe.serving.protocol import DROPPED
 
 pytestmark = pytest.mark.anyio
 
-END = 0  # the end-of-sequence token
 TEXT = " the quick brown fox jumps over the lazy dog"
-
-
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("checkpoint"))
-
-
-@pytest.fixture
-def config(checkpoint: Path) -> ServeConfig:
-    return make_config(checkpoint)
 
 
 async def test_duplicates_and_strangers_change_nothing(config: ServeConfig):

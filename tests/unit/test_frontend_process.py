@@ -1,4 +1,4 @@
-"""The front end as its supervisor sees it: ready, refused, gone."""
+"""The front end as its supervisor sees it: ready, refused, stopped."""
 
 import asyncio
 import contextlib
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from support.frontend_harness import FakeEngine, make_checkpoint, make_config
+from support.front_end import FakeEngine, make_config
 
 from elastic_moe.config import ServeConfig
 from elastic_moe.group.view import View
@@ -20,13 +20,8 @@ from elastic_moe.serving.front_end.process import main, serve
 from elastic_moe.serving.front_end.served_model import ServedModel
 from elastic_moe.serving.starts import FrontEndStart
 from elastic_moe.supervision.channel import Channel, Ready, Refused, ViewChanged, channel_pair
-
-REPOSITORY = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+from launch.config import REPO
+from launch.sse import events
 
 
 def run_until_refused(config: ServeConfig) -> str:
@@ -81,7 +76,7 @@ def test_the_process(checkpoint: Path):
     fds = [theirs.fileno(), listener.fileno()]
     command = [sys.executable, "-m", "elastic_moe.serving.front_end.process"]
     command += ["--supervisor-fd", str(fds[0]), "--listen-fd", str(fds[1])]
-    process = subprocess.Popen(command, pass_fds=fds, cwd=REPOSITORY)
+    process = subprocess.Popen(command, pass_fds=fds, cwd=REPO)
     theirs.close()
     listener.close()
     try:
@@ -106,11 +101,11 @@ async def use_and_stop(process: subprocess.Popen, supervisor: Channel, url: str)
         assert (await client.get("/health")).status_code == 200
         engine.sends = 1
         async with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as response:
-            lines = response.aiter_lines()
-            assert "text_completion" in await anext(lines)
+            pieces = events(response)
+            assert "text_completion" in await anext(pieces)
             began = time.monotonic()
             process.send_signal(signal.SIGTERM)
-            rest = [line async for line in lines if line]
+            rest = [piece async for piece in pieces]
         assert time.monotonic() - began < 2
         assert "the server is stopping" in rest[0]
         assert await asyncio.to_thread(process.wait, 20) == 0

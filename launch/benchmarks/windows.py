@@ -1,11 +1,12 @@
-"""What benchmarks/rebalance.py found: one result for each mode, from its windows. Functions of their arguments."""
+"""What bench=rebalance finds: one result for each mode, from its windows. Functions of their arguments."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from launch.faults.load import Answer, gaps_s, percentile
+from launch.figures import percentile
+from launch.streams import Answer, gaps_s
 
 MODES = ("off", "sync", "async")
 CLAIM = 1.05

@@ -1,8 +1,6 @@
-"""The load of launch/chaos.py: seeded requests as a client sends them, their answers, and how two answers compare."""
+"""Streams as clients ask for them: seeded requests, all at once, and what comes of each."""
 
 import asyncio
-import enum
-import math
 import random
 import time
 from collections.abc import Sequence
@@ -10,6 +8,8 @@ from dataclasses import dataclass, field
 
 import httpx
 import msgspec
+
+from launch.sse import events
 
 PROMPTS = (
     "In the beginning God created",
@@ -74,16 +74,6 @@ class Answer:
     """Wall-clock time of each piece of text."""
 
 
-class Verdict(enum.Enum):
-    """How an answer compares with that of an undisturbed run."""
-
-    SAME = "same"
-    UNFINISHED = "unfinished"
-    DUPLICATED = "duplicated"
-    LOST = "lost"
-    MISMATCHED = "mismatched"
-
-
 def make_asks(seed: int, count: int) -> list[Ask]:
     """`count` requests, every other one greedy, as a function of the seed."""
     rng = random.Random(f"load {seed}")
@@ -94,23 +84,9 @@ def make_asks(seed: int, count: int) -> list[Ask]:
     ]
 
 
-def compare(wanted: Answer, got: Answer) -> Verdict:
-    """Judge an answer. Duplicated or lost: one stretch of text too much or too little, or another count of tokens."""
-    if not got.finish:
-        return Verdict.UNFINISHED
-    if (got.text, got.num_tokens, got.finish) == (wanted.text, wanted.num_tokens, wanted.finish):
-        return Verdict.SAME
-    if got.num_tokens > wanted.num_tokens or _has_more(got.text, wanted.text):
-        return Verdict.DUPLICATED
-    if got.num_tokens < wanted.num_tokens or _has_more(wanted.text, got.text):
-        return Verdict.LOST
-    return Verdict.MISMATCHED
-
-
-def percentile(values: Sequence[float], percent: float) -> float | None:
-    """The smallest value that at least `percent` of a hundred do not exceed; None of nothing."""
-    ordered = sorted(values)
-    return ordered[max(0, math.ceil(percent / 100 * len(ordered)) - 1)] if ordered else None
+def greedy_asks(prompts: Sequence[str], count: int, num_tokens: int) -> list[Ask]:
+    """`count` greedy requests over the prompts, again and again."""
+    return [Ask(prompts[i % len(prompts)], num_tokens, temperature=0.0, seed=0) for i in range(count)]
 
 
 def gaps_s(answers: Sequence[Answer]) -> list[float]:
@@ -169,10 +145,9 @@ class Load:
                 if response.is_error:
                     answer.error = f"{response.status_code}: {(await response.aread()).decode(errors='replace')[:200]}"
                     return
-                async for line in response.aiter_lines():
-                    if line.startswith("data: {"):
-                        _take(_decode(line[6:]), answer)
-        except (httpx.HTTPError, OSError, TimeoutError, msgspec.MsgspecError) as error:
+                async for event in events(response):
+                    _take(_decode(event), answer)
+        except (httpx.HTTPError, OSError, TimeoutError, ValueError) as error:
             answer.finish, answer.error = "", f"{type(error).__name__}: {error}"
 
 
@@ -208,15 +183,3 @@ class _Chunk(msgspec.Struct):
 
 
 _decode = msgspec.json.Decoder(_Chunk).decode
-
-
-def _has_more(longer: str, shorter: str) -> bool:
-    """Whether one stretch taken out of `longer` leaves `shorter`."""
-    if len(longer) <= len(shorter):
-        return False
-    head = _num_alike(longer, shorter)
-    return head + _num_alike(longer[::-1], shorter[::-1]) >= len(shorter)
-
-
-def _num_alike(longer: str, shorter: str) -> int:
-    return next((i for i, (a, b) in enumerate(zip(longer, shorter, strict=False)) if a != b), len(shorter))

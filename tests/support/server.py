@@ -1,18 +1,11 @@
-"""Servers as a user starts them: torchrun, launch/serve.py, real processes; and proof that nothing of them is left.
-
-Every process of a server inherits a mark in its environment, so that it is found wherever it hangs in the process
-tree: an orphan too.
-"""
+"""Servers of launch/server.py for tests: a failure tells what the server said, and nothing of it may be left."""
 
 import contextlib
 import os
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,32 +15,14 @@ from typing import Any
 import httpx
 import psutil
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-DEMO_MODEL = REPOSITORY / "examples" / "demo_model"
+from launch.config import REPO
+from launch.server import START_TIMEOUT_S, Node
+
+DEMO_MODEL = REPO / "examples" / "demo_model"
 STOP_WITHIN_S = 10.0
 """How long a server may take to end after SIGINT or SIGTERM."""
 
-_MARK = "ELASTIC_MOE_TEST_SERVER"
 _SHM = Path("/dev/shm")
-
-
-def torchrun(ranks: int, *options: str) -> list[str]:
-    """The command up to the script. Without options: one node, on a port that torchrun finds."""
-    where = options or ("--standalone",)
-    return [sys.executable, "-m", "torch.distributed.run", *where, "--nproc-per-node", str(ranks)]
-
-
-def two_nodes(ranks_per_node: int) -> list[list[str]]:
-    """The two commands of a launch over two nodes, both on this host."""
-    port = str(free_port())
-    where = ("--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", port)
-    return [torchrun(ranks_per_node, *where, "--node-rank", str(node)) for node in range(2)]
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on now."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
 
 
 def wait_until(condition: Callable[[], Any], within_s: float, what: str) -> Any:
@@ -60,23 +35,14 @@ def wait_until(condition: Callable[[], Any], within_s: float, what: str) -> Any:
     return value
 
 
-class Launched:
-    """One command that runs launch/serve.py, with all processes that come of it. A context manager: it ends them."""
+class Launched(Node):
+    """One command that runs launch/serve.py. A context manager: it ends all that comes of it."""
 
     def __init__(self, launcher: Sequence[str], *overrides: str) -> None:
         """Start it. `launcher` is what comes before launch/serve.py: `torchrun(4)`, or the interpreter alone."""
         self._folder = tempfile.TemporaryDirectory(prefix="serve-")
-        self._mark = uuid.uuid4().hex
         self._shm_before = _shm_entries()
-        with self._path("out").open("wb") as out, self._path("err").open("wb") as err:
-            self.process = subprocess.Popen(
-                [*launcher, "launch/serve.py", *overrides],
-                cwd=REPOSITORY,
-                env={**os.environ, _MARK: self._mark},
-                stdout=out,
-                stderr=err,
-                start_new_session=True,  # a Ctrl-C at the tests is not one at the server
-            )
+        super().__init__(launcher, *overrides, said=Path(self._folder.name) / "node")
 
     def __enter__(self) -> "Launched":
         return self
@@ -87,34 +53,10 @@ class Launched:
         self.kill()
         self._folder.cleanup()
 
-    @property
-    def out(self) -> str:
-        """Its standard output so far."""
-        return self._path("out").read_text()
-
-    @property
-    def err(self) -> str:
-        """Its standard error so far."""
-        return self._path("err").read_text()
-
-    def log(self) -> str:
-        """Both, for the message of a failure."""
-        return f"--- stdout of {self.process.args}:\n{self.out}\n--- stderr:\n{self.err}"
-
-    def complaints(self) -> list[str]:
-        """The lines by which it refuses a user's mistake."""
-        return [line for line in self.err.splitlines() if line.startswith("elastic_moe: ")]
-
-    def processes(self) -> list[psutil.Process]:
-        """All its processes that are alive, wherever they are in the process tree."""
-        return [p for p in psutil.process_iter() if _environment(p).get(_MARK) == self._mark]
-
     def wait(self, within_s: float) -> int:
         """The exit code of the command."""
-        try:
-            return self.process.wait(within_s)
-        except subprocess.TimeoutExpired:
-            raise AssertionError(f"still running after {within_s} s\n{self.log()}") from None
+        assert self.ends(within_s), f"still running after {within_s} s\n{self.log()}"
+        return self.process.returncode
 
     def assert_nothing_left(self, within_s: float = 1.0) -> None:
         """No process (so no port, which ends with the last process that holds it) and no new /dev/shm entry."""
@@ -126,16 +68,6 @@ class Launched:
         # Other tests that run beside this one may hold entries of their own.
         wait_until(lambda: _shm_entries() - self._shm_before <= _shm_in_use(), 2.0, "no /dev/shm entry is left")
 
-    def kill(self) -> None:
-        """End whatever is left, at once."""
-        for process in self.processes():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        self.process.wait()
-
-    def _path(self, name: str) -> Path:
-        return Path(self._folder.name, name)
-
 
 class Server(Launched):
     """A server that comes up: `with Server(torchrun(4), "model=demo") as server: ... server.url ...`.
@@ -143,11 +75,10 @@ class Server(Launched):
     It takes a free port. Leaving the block kills what still runs; to see a clean end, call `stop`.
     """
 
-    def __init__(self, launcher: Sequence[str], *overrides: str, start_within_s: float = 120.0) -> None:
+    def __init__(self, launcher: Sequence[str], *overrides: str, start_within_s: float = START_TIMEOUT_S) -> None:
         """Start it, without waiting: `url` and whatever needs it wait until every rank serves."""
         super().__init__(launcher, "server.port=0", *overrides)
         self._deadline = time.monotonic() + start_within_s
-        self._url = ""
 
     def __enter__(self) -> "Server":
         return self
@@ -155,15 +86,7 @@ class Server(Launched):
     @property
     def url(self) -> str:
         """Its address, once /health says that it serves."""
-        while not self._url:
-            if self.process.poll() is not None or time.monotonic() > self._deadline:
-                raise AssertionError(f"the server did not come up; exit code {self.process.poll()}\n{self.log()}")
-            line = next((line for line in self.out.splitlines(keepends=True) if " at http" in line), "")
-            if line.endswith("\n") and _is_healthy(address := line.rsplit(" at ", 1)[1].strip()):
-                self._url = address
-            else:
-                time.sleep(0.1)
-        return self._url
+        return self.wait_for_url(self._deadline - time.monotonic())
 
     def status(self) -> dict[str, Any]:
         """/elastic/status."""
@@ -184,9 +107,9 @@ class Server(Launched):
         self.wait(STOP_WITHIN_S)
         self.assert_nothing_left(max(1.0, begin + STOP_WITHIN_S - time.monotonic()))
         if self._url:
-            address = self._url.removeprefix("http://").rsplit(":", 1)
+            host, _, port = self._url.removeprefix("http://").rpartition(":")
             with contextlib.closing(socket.socket()) as probe:
-                assert probe.connect_ex((address[0], int(address[1]))) != 0, f"{self._url} still listens"
+                assert probe.connect_ex((host, int(port))) != 0, f"{self._url} still listens"
 
 
 @dataclass(frozen=True)
@@ -217,20 +140,6 @@ def num_requests(status: dict[str, Any]) -> int:
     """Requests that run or wait, at the front end or any rank."""
     places = [status["requests"], *status["members"]]
     return sum(place["running"] + place["waiting"] for place in places)
-
-
-def _is_healthy(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health", timeout=5).status_code == 200
-    except httpx.TransportError:
-        return False
-
-
-def _environment(process: psutil.Process) -> dict[str, str]:
-    try:
-        return process.environ() if process.status() != psutil.STATUS_ZOMBIE else {}
-    except (psutil.NoSuchProcess, psutil.AccessDenied, OSError):
-        return {}
 
 
 def _shm_entries() -> set[str]:

@@ -4,8 +4,8 @@ from itertools import accumulate
 
 import pytest
 
-from launch.benchmarks.rebalance_summary import Window, summary, verdict
-from launch.faults.load import Answer
+from launch.benchmarks.windows import Window, summary, verdict
+from launch.streams import Answer
 
 KEYS = {"mode", "tokens_per_s", "itl_ms", "seconds_to_balance", "bytes_moved", "bytes_lower_bound", "tokens_equal"}
 

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,27 +22,37 @@ from elastic_moe.serving.front_end.metrics import Metrics
 from elastic_moe.serving.front_end.process import HttpServer
 from elastic_moe.serving.front_end.served_model import ServedModel
 from elastic_moe.serving.protocol import Cancel, Hello, Status, Submit, Tokens, decode_to_engine, encode
+from launch.sse import events
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 TRAINING_TEXT = ["the quick brown fox jumps over the lazy dog", "user: assistant: system:\n", "na\u00efve caf\u00e9"]
+VOCABULARY = 300
+END = 0
+"""The end-of-sequence token."""
 MODEL_LIMIT = 256
 DEADLINE_S = 20.0
 
 
-def make_checkpoint(folder: Path) -> Path:
-    """A checkpoint folder as far as a front end looks into it: tokenizer and config.json, no weights."""
+def byte_level_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
+    """Learned from the texts; it can spell every other text too. Token 0 is `<end>`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=["<end>"])
-    tokenizer.train_from_iterator(TRAINING_TEXT, trainer)
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, special_tokens=["<end>"])
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def make_checkpoint(folder: Path) -> Path:
+    """A checkpoint folder as far as a front end looks into it: tokenizer and config.json, no weights."""
+    tokenizer = byte_level_tokenizer(TRAINING_TEXT, VOCABULARY)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", chat_template=CHAT_TEMPLATE)
     fast.save_pretrained(folder)
-    config = {"model_type": "qwen3_moe", "vocab_size": 300, "max_position_embeddings": MODEL_LIMIT}
+    config = {"model_type": "qwen3_moe", "vocab_size": VOCABULARY, "max_position_embeddings": MODEL_LIMIT}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -181,9 +191,8 @@ class FrontEnd:
         body = {"model": "tiny", "prompt": prompt, "stream": True, **fields}
         async with self.client.stream("POST", "/v1/completions", json=body) as response:
             assert response.status_code == 200
-            async for line in response.aiter_lines():
-                if line and line != "data: [DONE]":
-                    yield json.loads(line.removeprefix("data: "))
+            async for event in events(response):
+                yield json.loads(event)
 
     def tokens(self, text: str) -> list[int]:
         """The tokens of a text."""
