@@ -222,6 +222,7 @@ CONVERTERS = {
     "transposed": (Transpose(1, 2), lambda t: t.transpose(1, 2), 1),
     # one expert never has the shape of the whole parameter that check_dims compares with
     "transposed when needed": (Transpose(1, 2, check_dims=True), lambda t: t.transpose(1, 2), 1),
+    "transposed already": (Transpose(1, 2, check_dims=True), lambda t: t, 1),
     # act on the expert dimension: all experts are read for one
     "experts last": (Transpose(0, 2), lambda t: t.transpose(0, 2), 6),
     "experts in another order": (Interleave(0), lambda t: interleaved(t, inverse=True), 6),
