@@ -69,11 +69,12 @@ def mutants(module: str) -> list[Mutant]:
 
 
 def changes(node: ast.AST) -> Iterator[tuple[ast.AST, str]]:
-    """The nodes below `node` and what they may become. Types, messages, logs and docstrings stay."""
+    """The nodes below `node` and what they may become. Types, messages, logs, constants and docstrings stay."""
     for name, value in ast.iter_fields(node):
         for child in value if isinstance(value, list) else [value]:
             told = isinstance(child, ast.Expr | ast.If) and ast.unparse(child).startswith(TOLD)
-            if name in UNCHANGED or not isinstance(child, ast.AST) or told:
+            tuned = isinstance(child, ast.Assign) and ast.unparse(child.targets[0]).isupper()
+            if name in UNCHANGED or not isinstance(child, ast.AST) or told or tuned:
                 continue
             yield from ((child, new) for new in _becomes(child))
             if name == "test" and isinstance(child, ast.Name | ast.Attribute | ast.Call | ast.NamedExpr):

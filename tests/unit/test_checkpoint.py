@@ -14,6 +14,7 @@ from transformers.core_model_loading import Concatenate, Interleave, MergeModule
 from elastic_moe.errors import CheckpointError
 from elastic_moe.experts.layout import ExpertLayout
 from elastic_moe.weights.checkpoint import CheckpointReader
+from elastic_moe.weights.shards import Shards
 
 Tensors = dict[str, torch.Tensor]
 EXPERTS = "model.layers.0.mlp.experts"
@@ -78,6 +79,23 @@ def test_bytes_are_those_of_the_checkpoint_dtype(folder: Path) -> None:
         assert all(tensor.dtype == torch.float32 for _, tensor in reader.read_dense())
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.bfloat16, torch.float8_e4m3fn, torch.float64])
+def test_what_will_be_read_is_what_is_read(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensor = (torch.arange(24).reshape(4, 6) % 2).to(dtype)
+    save_file({"some": tensor, "other": torch.ones(3)}, tmp_path / "model.safetensors")
+    shards = Shards(tmp_path)
+    assert (shards.shape("some"), shards.num_bytes("some"), shards.num_bytes("some", 2)) == (
+        (4, 6),
+        tensor.nbytes,
+        tensor[2].nbytes,
+    )
+    assert torch.equal(shards.read("some").float(), tensor.float())
+    assert shards.bytes_read == tensor.nbytes
+    assert torch.equal(shards.read("some", 2).float(), tensor[2:3].float())
+    assert shards.bytes_read == tensor.nbytes + tensor[2].nbytes
+    shards.close()
+
+
 def test_dense_tensors_own_their_memory(folder: Path) -> None:
     with reader_of(folder) as reader:
         tensors = dict(reader.read_dense())
@@ -87,6 +105,17 @@ def test_dense_tensors_own_their_memory(folder: Path) -> None:
         file.seek(size // 2)
         file.write(b"\xff" * (size // 2))
     assert all(torch.equal(tensors[name], kept[name]) for name in kept)
+
+
+def test_dense_tensors_that_are_had_already_are_left_out(folder: Path) -> None:
+    """Of the first, of one in the middle: the others come, in their order, and nothing else is read."""
+    with reader_of(folder) as reader:
+        names, total = reader.dense_names(), reader.bytes_total_dense
+        sizes = {name: tensor.nbytes for name, tensor in reader.read_dense()}
+    but = {names[0], names[4]}
+    with reader_of(folder) as reader:
+        assert [name for name, _ in reader.read_dense(but=but)] == [name for name in names if name not in but]
+        assert reader.bytes_read == total - sizes[names[0]] - sizes[names[4]]
 
 
 def test_dense_in_file_order(folder: Path) -> None:
