@@ -91,6 +91,35 @@ def test_steps_within_a_bound():
     ]
 
 
+@pytest.mark.parametrize(
+    ("trail", "max_moves", "allowed"),
+    [
+        ([[0, 100], [1, 100]], 5, 0),  # no gain, no step
+        ([[0, 100], [1, 99]], 5, 1),
+        ([[0, 100], [1, 89], [2, 79]], 1, 1),  # 11 for the first move, 10 for the second
+        ([[0, 100], [3, 40], [4, 35]], 2, 0),  # the cheap second step is none without the first
+        ([[0, 100], [3, 40], [4, 35]], 3, 1),
+        ([[0, 100], [0, 95], [1, 94]], 0, 1),  # a step may cost nothing
+        ([[2, 100], [3, 90]], 2, 0),  # coverage has used up the bound
+        ([[2, 100], [3, 90]], 1, 0),  # and more
+        ([[2, 100], [1, 90]], 1, 1),  # a step may take a move back
+        ([[2, 100], [3, 90]], 3, 1),
+        ([[0, 100], [1, 110], [2, 60]], 2, 2),  # worse at first
+        ([[0, 100], [1, 110], [2, 60]], 1, 0),
+    ],
+)
+def test_steps_of_one_layer_within_a_bound(trail, max_moves, allowed):
+    found = steps_within(max_moves, np.array([trail]), np.array([len(trail) - 1]), np.ones(1))
+    assert found.tolist() == [allowed]
+
+
+def test_gains_count_in_the_unit_of_each_layer():
+    """Layer 1 loses more of its load for a move, though less in its own numbers."""
+    trail = np.array([[[0, 1000], [1, 900]], [[0, 100], [1, 80]]])
+    assert steps_within(1, trail, np.array([1, 1]), np.array([0.001, 0.01])).tolist() == [0, 1]
+    assert steps_within(1, trail, np.array([1, 1]), np.array([0.001, 0.001])).tolist() == [1, 0]
+
+
 def test_a_lost_rank_is_covered_with_the_fewest_moves():
     current = np.array([[0, 1, 2, 3, 0, 1, -1, -1]])
     new = balance(np.ones((1, 4)), FOUR, 2, alive=[0, 2, 3], current=current, max_moves=0)

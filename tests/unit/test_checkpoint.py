@@ -133,6 +133,39 @@ def test_unexpected_tensors_are_listed_only(folder: Path) -> None:
         assert set(reader.unexpected) == set(extra)
 
 
+def test_of_two_ways_to_make_a_tensor_the_first_is_taken(folder: Path) -> None:
+    """Numbered experts come first, by name; the fused tensor beside them is of no use, and neither is read for it."""
+    fused, last = f"{EXPERTS}.down_proj", "model.layers.1.mlp.experts.down_proj"
+    edit(folder, lambda t: t.update({fused: torch.ones(6, 32, 16), last: torch.ones(6, 32, 16)}))
+    stored = load_file(folder / "model.safetensors")
+    layout = layouts_of(build_on_meta(FAMILIES["qwen3_moe"]()))[EXPERTS]
+    with reader_of(folder) as reader:
+        assert set(reader.unexpected) == {fused, last}
+        assert reader.bytes_per_expert(EXPERTS) == layout.num_bytes
+        out = empty_expert(layout)
+        reader.read_expert(EXPERTS, 2, out)
+    assert torch.equal(out[1], stored[f"{EXPERTS}.2.down_proj.weight"])
+
+
+@pytest.mark.parametrize(("num_missing", "shown"), [(4, "q_proj.weight$"), (5, "q_proj.weight, ...$")])
+def test_few_of_the_missing_tensors_are_named(folder: Path, num_missing: int, shown: str) -> None:
+    attention = "model.layers.0.self_attn"
+    names = [f"{attention}.{name}_proj.weight" for name in ("k", "o", "q", "v")] + ["model.norm.weight"]
+    names = [*names[:1], f"{attention}.k_norm.weight", *names[1:]]
+    edit(folder, lambda t: [t.pop(name) for name in sorted(names)[:num_missing]])
+    with pytest.raises(CheckpointError, match=f"lacks {num_missing} tensors of the model: {attention}.k_norm.*{shown}"):
+        reader_of(folder)
+
+
+def test_what_any_of_the_models_patterns_allows_may_be_missing(folder: Path) -> None:
+    names = {"model.norm.weight", "model.layers.1.self_attn.q_proj.weight"}
+    edit(folder, lambda t: [t.pop(name) for name in names])
+    model = build_on_meta(FAMILIES["qwen3_moe"]())
+    model._keys_to_ignore_on_load_missing = {r"model\.norm", "q_proj"}
+    with CheckpointReader(folder, model, layouts_of(model)) as reader:
+        assert reader.missing == names
+
+
 def test_tied_head_may_be_absent(tmp_path: Path) -> None:
     config = FAMILIES["qwen3_moe"]()
     config.tie_word_embeddings = True

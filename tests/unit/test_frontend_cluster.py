@@ -24,6 +24,12 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
+@pytest.fixture(autouse=True)
+def hellos_come_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that nothing of what is to be done at once is done by the next report, a second later."""
+    monkeypatch.setattr("elastic_moe.serving.front_end.gateway.HELLO_INTERVAL_S", 1000.0)
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("checkpoint"))
@@ -260,6 +266,7 @@ async def test_health(config: ServeConfig):
             return response.status_code, response.json().get("reason", response.json()["status"])
 
         assert await health() == (503, "no engine has joined yet")
+        assert fe.gateway.status().epoch == 0
         first, second = FakeEngine(0, [END]), FakeEngine(1, [END])
         second.phase = "loading"
         fe.show(first, second)
@@ -341,6 +348,8 @@ async def test_metrics(config: ServeConfig):
     assert before["elastic_moe_prompt_tokens_total", ""] == len(engine.submits[0].tokens)
     assert before["elastic_moe_time_to_first_token_seconds_count", ""] == 1.0
     assert before["elastic_moe_inter_token_seconds_count", ""] == num_tokens - 1
+    for what in ("time_to_first_token", "inter_token"):
+        assert 0 < before[f"elastic_moe_{what}_seconds_sum", ""] < 60
     assert before["elastic_moe_ranks", "serving"] == 2.0
     assert before["elastic_moe_rank_running", "4"] == 0.0
     assert (before["elastic_moe_epoch", ""], after["elastic_moe_epoch", ""]) == (1.0, 2.0)
