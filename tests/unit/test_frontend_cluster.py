@@ -70,6 +70,7 @@ async def test_what_an_engine_has_dropped_or_left_out_is_submitted_again(config:
         name = engine.submits[0].request_id
         await (engine.send(name, 6, [9, 9]) if what == "gap" else engine.send(name, 0, [], DROPPED))
         assert (await response).json()["choices"][0]["text"] == TEXT
+        assert await resubmitted(fe) == 1
     assert engine.cancels == [name]
     assert [submit.num_generated for submit in engine.submits] == [0, 2]
 
