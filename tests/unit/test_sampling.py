@@ -49,9 +49,10 @@ def test_frequencies_follow_the_softmax():
 
 
 def test_top_p_that_is_reached_exactly_takes_no_token_more():
-    """Of four equally likely tokens two are half of it all: the lower ones."""
-    rules = [(Sampling(temperature=1.0, top_p=0.5, seed=2), i) for i in range(200)]
-    assert set(pick(torch.zeros(200, 4), rules).tolist()) == {0, 1}
+    """Of equally likely tokens half of them are half of it all: the lower ones."""
+    rules = [(Sampling(temperature=1.0, top_p=0.5, seed=2), i) for i in range(4000)]
+    for size in (4, 256):
+        assert set(pick(torch.zeros(4000, size), rules).tolist()) == set(range(size // 2))
 
 
 def test_a_low_temperature_is_not_greedy_and_a_high_one_not_uniform():
