@@ -13,6 +13,7 @@ import argparse
 import ast
 import contextlib
 import importlib
+import multiprocessing
 import os
 import random
 import shutil
@@ -43,28 +44,27 @@ TOLD = ("logger.", "log.", "'", '"', "if TYPE_CHECKING")
 
 
 class Mutant(NamedTuple):
-    """`module` (a path) with its text from `start` to `end` replaced by `new`."""
+    """`where` the text from `start` to `end` is replaced by `new`."""
 
-    module: str
-    line: int
     start: int
     end: int
+    where: str
     old: str
     new: str
 
     def __str__(self) -> str:
         old, new = (" ".join(text.split())[:90] for text in (self.old, self.new))
-        return f"{self.module}:{self.line}: {old}  ->  {new}"
+        return f"{self.where}: {old}  ->  {new}"
 
 
-def mutants(module: str) -> list[Mutant]:
+def mutants(module: str, source: str) -> list[Mutant]:
     """Every mutant of a module, whose source is ASCII as all of ours."""
-    source, starts, found = (ROOT / module).read_text(), [0], []
+    starts, found = [0], []
     for line in source.splitlines(keepends=True):
         starts.append(starts[-1] + len(line))
     for node, new in changes(ast.parse(source)):
         start, end = starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
-        found.append(Mutant(module, node.lineno, start, end, source[start:end], new))
+        found.append(Mutant(start, end, f"{module}:{node.lineno}", source[start:end], new))
     return found
 
 
@@ -111,54 +111,31 @@ def _becomes(node: ast.AST) -> Iterator[str]:
             yield "pass"
 
 
-def start(copy: Path, tests: list[str]) -> int:
-    """Fork a process that runs `tests` in `copy`, with a process group of its own; its pid."""
-    if pid := os.fork():
-        return pid
-    os.setsid()
-    os.chdir(copy)
-    with Path("output").open("w") as output:
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
-    sys.path[:0] = [str(copy), str(copy / "tests")]
-    os._exit(sys.modules["pytest"].main([*PYTEST, *(f"tests/{test}" for test in tests)]))
-
-
-def outcome(pid: int, deadline: float = float("inf")) -> int | None:
-    """The exit code of a forked process; -1 if its deadline has passed, None while it runs. All it started dies too."""
-    done, status = os.waitpid(pid, os.WNOHANG)
-    if not done and time.monotonic() < deadline:
+def exit_code(module: str, source: str, tests: list[str], limit_s: float) -> int:
+    """Of `tests` with `source` in the place of `module`, in this process's own copy of the tree; -1 when it is late."""
+    copy = Path(tempfile.gettempdir(), str(os.getpid()))
+    if not copy.exists():
+        for name in COPIED:
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", copy)
+    (copy / module).write_text(source)
+    pid, deadline = os.fork(), time.monotonic() + limit_s
+    if not pid:
+        os.setsid()
+        os.chdir(copy)
+        with Path("output").open("w") as output:
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+        sys.path[:0] = [str(copy), str(copy / "tests")]
+        os._exit(sys.modules["pytest"].main([*PYTEST, *(f"tests/{test}" for test in tests)]))
+    while not (ended := os.waitpid(pid, os.WNOHANG))[0] and time.monotonic() < deadline:
         time.sleep(0.02)
-        return None
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)
-    if not done:
+        os.killpg(pid, signal.SIGKILL)  # what the tests have started too
+    if not ended[0]:
         os.waitpid(pid, 0)
-    return os.waitstatus_to_exitcode(status) if done else -1
-
-
-def survivors(sample: list[Mutant], tests: list[str], copies: list[Path], limit_s: float) -> list[Mutant]:
-    """Those of `sample` under which all `tests` pass within `limit_s`."""
-    waiting, running, found = sample[::-1], {}, []
-    try:
-        while waiting or running:
-            for copy in copies:
-                if copy in running:
-                    pid, mutant, deadline = running[copy]
-                    if (code := outcome(pid, deadline)) is None:
-                        continue
-                    del running[copy]
-                    shutil.copy(ROOT / mutant.module, copy / mutant.module)
-                    found += [mutant] if code == 0 else []
-                if waiting:
-                    mutant = waiting.pop()
-                    source = (ROOT / mutant.module).read_text()
-                    (copy / mutant.module).write_text(source[: mutant.start] + mutant.new + source[mutant.end :])
-                    running[copy] = start(copy, tests), mutant, time.monotonic() + limit_s
-    finally:
-        for pid, *_ in running.values():
-            outcome(pid, 0.0)
-    return sorted(found, key=lambda mutant: mutant.start)
+    shutil.copy(ROOT / module, copy / module)
+    return os.waitstatus_to_exitcode(ended[1]) if ended[0] else -1
 
 
 def main() -> None:
@@ -169,28 +146,23 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--jobs", type=int, default=2, help="processes at once")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     table = tomllib.loads((ROOT / "tests/mutants.toml").read_text())
     os.environ |= {"NUMBA_DISABLE_JIT": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "1"}
     sys.dont_write_bytecode = True
     for name in LOADED:
         importlib.import_module(name)
     total = killed = 0
-    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
-        copies = [Path(folder, str(job)) for job in range(options.jobs)]
-        for copy in copies:
-            for name in COPIED:
-                shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-            shutil.copy(ROOT / "pyproject.toml", copy)
+    with tempfile.TemporaryDirectory(prefix="mutants-") as tempfile.tempdir, multiprocessing.Pool(options.jobs) as pool:
         for name in options.modules or table:
-            begin, pid = time.monotonic(), start(copies[0], table[name])
-            while (code := outcome(pid)) is None:
-                pass
-            if code:
-                sys.exit(f"the tests of {name} fail without any change:\n{(copies[0] / 'output').read_text()}")
-            every = mutants(f"elastic_moe/{name}.py")
+            module, begin = f"elastic_moe/{name}.py", time.monotonic()
+            source, tests = (ROOT / module).read_text(), table[name]
+            if pool.apply(exit_code, (module, source, tests, 600.0)):
+                sys.exit(f"the tests of {name} fail, or take too long, without any change")
+            every, limit_s = mutants(module, source), 10 + 3 * (time.monotonic() - begin)
             sample = random.Random(f"{options.seed} {name}").sample(every, min(options.num, len(every)))
-            left = survivors(sample, table[name], copies, 10 + 3 * (time.monotonic() - begin))
+            tasks = [(module, source[: m.start] + m.new + source[m.end :], tests, limit_s) for m in sample]
+            codes = pool.starmap(exit_code, tasks, chunksize=1)
+            left = sorted(mutant for mutant, code in zip(sample, codes, strict=True) if code == 0)
             total, killed = total + len(sample), killed + len(sample) - len(left)
             print(f"{name}: {len(sample) - len(left)} of {len(sample)}", *left, sep="\n    ", flush=True)
     print(f"all: {killed} of {total}, {killed / max(total, 1):.0%}")
