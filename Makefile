@@ -9,7 +9,7 @@ BENCHES = balance rebalance
 export OMP_NUM_THREADS = 1
 export HYDRA_FULL_ERROR = 0
 
-.PHONY: demo test soak check bench clean
+.PHONY: demo test soak mutants check bench clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -19,6 +19,9 @@ test: $(READY)
 
 soak: $(READY)
 	$(BIN)/python -m pytest -m slow --timeout=900
+
+mutants: $(READY)
+	$(BIN)/python tests/mutants.py --jobs $(JOBS)
 
 check: $(READY)
 	$(BIN)/ruff check .

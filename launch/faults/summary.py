@@ -42,6 +42,12 @@ class Round:
         return self.fired and set(self.fault.ranks) <= lost and (self.rejected > 0 or self.fault.kind != "corrupt")
 
     @property
+    def in_recovery(self) -> bool:
+        """Whether one of two victims was lost in the recovery from the other: a survivor tells of both at once."""
+        lost = [set(event["report"]["lost"]) for event in self.reports]
+        return self.fault.kind == "kill_in_recovery" and any(set(self.fault.ranks) <= ranks for ranks in lost)
+
+    @property
     def rejected(self) -> int:
         """Copies of experts that were refused for their digest, on all ranks."""
         return sum(event["report"]["rejected"] for event in self.reports)
@@ -123,6 +129,7 @@ def summary(rounds: Sequence[Round], wanted: Sequence[Answer], planned: int) -> 
             "fired": sum(one.fired for one in rounds),
             "counted": sum(one.counted for one in rounds),
         },
+        "killed_in_recovery": sum(one.in_recovery for one in rounds),
         "rejected": sum(one.rejected for one in rounds),
         "not_rejoined": sum(one.healed_s is None for one in rounds),
         "placements_wrong": sum(bool(one.placement_fault) for one in rounds),

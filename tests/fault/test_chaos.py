@@ -1,5 +1,6 @@
 """launch/chaos.py: its parts that are functions of their arguments, and one run as a user does it."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -89,14 +90,16 @@ def test_a_placement_is_wrong_when_ranks_differ_or_an_expert_is_nowhere():
     assert missing == "layer 1 has no slot with experts [1]"
 
 
-def a_round(lost: list[int], answer: Answer, kind: str = "kill", rejected: int = 0) -> Round:
+def a_round(
+    lost: list[int], answer: Answer, kind: str = "kill", rejected: int = 0, ranks: tuple[int, ...] = (2,)
+) -> Round:
     report = {
         "epoch": 5, "lost": lost, "joined": [], "noticed_at": 10.1, "attempts": 1, "bytes_lower_bound": 64,
         "phase_s": {"view": 0.01, "groups": 0.02, "repair": 0.03, "commit": 0.04}, "bytes_by_source": {"disk": 64},
         "rejected": rejected,
     }  # fmt: skip
     reports = tuple({"rank": rank, "report": report} for rank in (0, 1))
-    return Round(Fault(kind, (2,), 0.5, 0.0), 10.0, True, (answer,), reports, 3.0, "", 0.05)
+    return Round(Fault(kind, ranks, 0.5, 0.0), 10.0, True, (answer,), reports, 3.0, "", 0.05)
 
 
 def test_the_summary():
@@ -120,6 +123,21 @@ def test_the_summary():
     assert not is_good(summary([a_round([2], same, "corrupt")], [wanted], 1)), "nothing was refused"
     refused = summary([a_round([2], same, "corrupt", rejected=3)], [wanted], 1)
     assert (is_good(refused), refused["rejected"]) == (True, 6)
+
+
+def test_whether_the_second_victim_was_lost_in_the_recovery_from_the_first():
+    """One recovery tells of both, then; else there were two, and the fault was not the one that its name says."""
+    wanted = Answer(text="ab", finish="length", num_tokens=2, arrivals=[1.0, 1.1])
+    both = a_round([1, 2], wanted, "kill_in_recovery", ranks=(2, 1))
+    one_by_one = dataclasses.replace(
+        a_round([2], wanted, "kill_in_recovery", ranks=(2, 1)),
+        reports=(*a_round([2], wanted).reports, *a_round([1], wanted).reports),
+    )
+    at_once = a_round([1, 2], wanted, "kill_two", ranks=(2, 1))
+    found = [summary([one], [wanted], 1) for one in (both, one_by_one, at_once)]
+    assert [one["killed_in_recovery"] for one in found] == [1, 0, 0]
+    assert [one["faults"]["counted"] for one in found] == [1, 1, 1]
+    assert summary([both, one_by_one, both], [wanted], 3)["killed_in_recovery"] == 2
 
 
 def test_the_longest_wait():
@@ -181,6 +199,13 @@ def test_two_faults_by_the_command_line():
     assert found["phase_ms"].keys() == {"detect", "view", "groups", "repair", "commit", "repeat"}
     assert sum(found["bytes_by_source"].values()) == found["bytes_lower_bound"] > 0
     assert found["rejected"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(170)
+def test_ranks_are_killed_in_a_recovery():
+    found = run_chaos("chaos.faults=3", "chaos.kinds=kill_in_recovery")
+    assert found["killed_in_recovery"] > 0
 
 
 @pytest.mark.slow

@@ -83,6 +83,9 @@ def test_crash_point(tmp_path: Path, checkpoint: Path, reference, case: str, red
 def test_crash_point_of_a_rebalance(tmp_path: Path, checkpoint: Path, reference, case: str):
     logits, ends = run_cluster(tmp_path, checkpoint, REBALANCE[case], redundant_slots=1, rounds=2)
     check(logits, ends, reference)
+    died = {death.rank for death in REBALANCE[case]}
+    moved = [end["moved"] for rank, end in enumerate(ends) if rank not in died]
+    assert min(moved) > 0, "the rounds that the loss has not cost move experts"
 
 
 def check(logits: dict, ends: list[dict], reference: dict) -> None:
@@ -96,6 +99,13 @@ def check(logits: dict, ends: list[dict], reference: dict) -> None:
         assert np.array_equal(seats[:, rank], end["held"])
         assert all(set(range(8)) <= set(layer.ravel().tolist()) for layer in seats)
         assert np.array_equal(end["digests"], ends[0]["digests"])
+
+
+def test_a_newcomer_takes_its_weights_from_its_peers(tmp_path: Path, checkpoint: Path, reference):
+    """Of its 66 kB 42 are dense: what is told rounds to 0.1 MB only if experts came too."""
+    logits, ends = run_cluster(tmp_path, checkpoint, [FIRST], redundant_slots=0)
+    check(logits, ends, reference)
+    assert "weights: 0.1 MB from peers, 0.0 MB from disk" in (tmp_path / "log-3").read_text()
 
 
 def test_wrong_weights_of_peers_are_refused_and_read_from_disk(tmp_path: Path, checkpoint: Path, reference):

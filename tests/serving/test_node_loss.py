@@ -3,6 +3,7 @@
 import asyncio
 from contextlib import ExitStack
 
+import httpx
 import pytest
 from openai import AsyncOpenAI
 from support.reference import Reference
@@ -37,6 +38,7 @@ def test_the_other_node_serves_on(reference: Reference, lost: int):
         await begun.wait()
         for process in victim.processes():
             process.kill()
+        assert not any(task.done() for task in tasks), "the node is lost while all streams run"
         return await asyncio.gather(*tasks)
 
     with ExitStack() as stack:
@@ -45,6 +47,7 @@ def test_the_other_node_serves_on(reference: Reference, lost: int):
         assert victim.url != survivor.url
         texts = asyncio.run(asyncio.wait_for(work(survivor, victim), 90))
         assert texts == [reference.text(w.tokens) for w in wanted]
+        assert 0 < resubmitted(survivor) < STREAMS, "the lost node had some of them, not all"
         ranks = [2 * (1 - lost), 2 * (1 - lost) + 1]
 
         def only_the_survivors_serve() -> bool:
@@ -55,6 +58,16 @@ def test_the_other_node_serves_on(reference: Reference, lost: int):
         again = asyncio.run(asyncio.wait_for(work_again(survivor, reference), 60))
         assert again == texts
         survivor.stop()
+
+
+def resubmitted(server: Server) -> int:
+    """Requests that were given to another rank."""
+    (line,) = (
+        line
+        for line in httpx.get(f"{server.url}/metrics", timeout=10).text.splitlines()
+        if line.startswith("elastic_moe_requests_resubmitted_total ")
+    )
+    return int(float(line.split()[1]))
 
 
 async def work_again(survivor: Server, reference: Reference) -> list[str]:

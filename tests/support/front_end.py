@@ -75,6 +75,7 @@ class FakeEngine:
         self.sends = sends
         self.phase, self.reason = "serving", ""
         self.running = 0
+        self.hellos = 0
         self.submits: list[Submit] = []
         self.cancels: list[str] = []
         self._unfinished: set[str] = set()
@@ -85,6 +86,8 @@ class FakeEngine:
         self.member = Member(
             rank, 0, f"incarnation-{rank}-{port}", 4000 + rank, "host", "", "", f"tcp://127.0.0.1:{port}"
         )
+        self.view = View(1, (self.member,))
+        """What it believes, and reports."""
         self._front_ends: set[bytes] = set()
         self._task = asyncio.get_running_loop().create_task(self._run())
 
@@ -103,7 +106,7 @@ class FakeEngine:
             incarnation=self.member.incarnation,
             phase=self.phase,
             reason=self.reason,
-            view=View(1, (self.member,)),
+            view=self.view,
             placement_version=3,
             placement_hash="abc",
             slots=[[0, 1], [1, -1]],
@@ -126,6 +129,7 @@ class FakeEngine:
             self._front_ends.add(front_end)
             message = decode_to_engine(frame)
             if isinstance(message, Hello):
+                self.hellos += 1
                 await self.report()
             elif isinstance(message, Cancel):
                 self.cancels.append(message.request_id)

@@ -91,6 +91,35 @@ def test_steps_within_a_bound():
     ]
 
 
+@pytest.mark.parametrize(
+    ("trail", "max_moves", "allowed"),
+    [
+        ([[0, 100], [1, 100]], 5, 0),  # no gain, no step
+        ([[0, 100], [1, 99]], 5, 1),
+        ([[0, 100], [1, 89], [2, 79]], 1, 1),  # 11 for the first move, 10 for the second
+        ([[0, 100], [3, 40], [4, 35]], 2, 0),  # the cheap second step is none without the first
+        ([[0, 100], [3, 40], [4, 35]], 3, 1),
+        ([[0, 100], [0, 95], [1, 94]], 0, 1),  # a step may cost nothing
+        ([[2, 100], [3, 90]], 2, 0),  # coverage has used up the bound
+        ([[2, 100], [3, 90]], 1, 0),  # and more
+        ([[2, 100], [1, 90]], 1, 1),  # a step may take a move back
+        ([[2, 100], [3, 90]], 3, 1),
+        ([[0, 100], [1, 110], [2, 60]], 2, 2),  # worse at first
+        ([[0, 100], [1, 110], [2, 60]], 1, 0),
+    ],
+)
+def test_steps_of_one_layer_within_a_bound(trail, max_moves, allowed):
+    found = steps_within(max_moves, np.array([trail]), np.array([len(trail) - 1]), np.ones(1))
+    assert found.tolist() == [allowed]
+
+
+def test_gains_count_in_the_unit_of_each_layer():
+    """Layer 1 loses more of its load for a move, though less in its own numbers."""
+    trail = np.array([[[0, 1000], [1, 900]], [[0, 100], [1, 80]]])
+    assert steps_within(1, trail, np.array([1, 1]), np.array([0.001, 0.01])).tolist() == [0, 1]
+    assert steps_within(1, trail, np.array([1, 1]), np.array([0.001, 0.001])).tolist() == [1, 0]
+
+
 def test_a_lost_rank_is_covered_with_the_fewest_moves():
     current = np.array([[0, 1, 2, 3, 0, 1, -1, -1]])
     new = balance(np.ones((1, 4)), FOUR, 2, alive=[0, 2, 3], current=current, max_moves=0)
@@ -171,6 +200,37 @@ def test_rank_loads_share_an_expert_by_its_copies():
     assert max_over_mean(np.array([[4.0, 2.0, 0.0]]), np.array([True, True, False])).tolist() == [4 / 3]
 
 
+def test_loads_below_one_are_loads():
+    assert max_over_mean(np.array([[0.5, 0.25], [0.0, 0.0]])).tolist() == [4 / 3, 1.0]
+
+
+def test_a_rank_that_holds_anything_in_any_layer_counts():
+    slots = np.array([[0, 1, 0, -1, -1, -1], [0, 1, -1, -1, -1, -1]])
+    assert balancedness(slots, np.array([[2, 2], [1, 1]]), 2).tolist() == [2 / 3, 0.5]
+
+
+def test_an_expert_in_no_slot_is_no_load_of_anybody():
+    assert rank_loads(np.array([[0, -1], [-1, -1]]), np.array([[6, 5], [1, 1]]), 1).tolist() == [[6, 0], [0, 0]]
+
+
+def test_the_bounds_of_a_cost_are_allowed():
+    for allowed in (
+        {"horizon_s": 0.0},
+        {"expert_share": 0.0},
+        {"expert_share": 1.0},
+        {"slowdown": 0.0, "horizon_s": 1.0},
+    ):
+        MoveCost(**{"link_bytes_per_s": 0.5, "horizon_s": 1.0, "slowdown": 1.0} | allowed)
+    assert (MoveCost(1.0, 1.0).expert_share, MoveCost(1.0, 1.0).slowdown) == (0.5, 0.05)
+
+
+def test_what_gains_as_much_as_it_costs_stays():
+    """Half of a step is experts: from 2 to 1 the steps get a quarter faster; a second of transfer costs one second."""
+    for horizon_s, is_worth in ((5.0, False), (5.01, True)):
+        cost = MoveCost(link_bytes_per_s=100.0, horizon_s=horizon_s, expert_share=0.5, slowdown=1.0)
+        assert worth_moving(np.array([2.0]), np.array([1.0]), 100.0, cost)[0] is is_worth
+
+
 COST = MoveCost(link_bytes_per_s=1e9, horizon_s=60.0, expert_share=0.5, slowdown=0.1)
 
 
@@ -190,7 +250,18 @@ def test_moving_has_to_pay(old, new, moved, is_worth, reason):
     assert found[1].startswith(reason)
 
 
-@pytest.mark.parametrize("wrong", [{"link_bytes_per_s": 0.0}, {"horizon_s": -1.0}, {"expert_share": 2.0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"link_bytes_per_s": 0.0},
+        {"link_bytes_per_s": -1.0},
+        {"horizon_s": -1.0},
+        {"expert_share": 2.0},
+        {"expert_share": -0.1},
+        {"slowdown": 1.1},
+        {"slowdown": -0.1},
+    ],
+)
 def test_a_cost_that_cannot_be_is_refused(wrong):
     with pytest.raises(ValueError, match="must be"):
         MoveCost(**{"link_bytes_per_s": 1.0, "horizon_s": 1.0} | wrong)

@@ -51,6 +51,26 @@ def test_every_engine_is_asked_and_the_first_report_is_the_end():
     assert (asked.state, asked.report) == ("moved", first)
 
 
+def test_a_round_that_moved_nothing_tells_of_nothing():
+    kept = report(1, "kept")
+    assert (kept.max_mean_before, kept.max_mean_after, kept.ended_at) == (0.0, 0.0, 0.0)
+    assert (kept.num_moves, kept.num_chunks, kept.bytes_lower_bound) == (0, 0, 0)
+    assert (kept.balancedness, kept.phase_s, kept.bytes_by_source) == ([], {}, {})
+
+
+@pytest.mark.parametrize(
+    ("told", "field"),
+    [
+        (report(), "outcome"),
+        (Report(2, (0,), (1,), (), "a loss", 1.0, {}, {}, 0, 0, 1), "lost"),
+        (LoadDump([[1, 2]], [0], []), "ranks"),
+    ],
+)
+def test_what_was_told_does_not_change(told, field):
+    with pytest.raises(AttributeError):
+        setattr(told, field, None)
+
+
 def test_a_new_engine_hears_of_what_is_pending_only():
     desk = BalanceDesk("sync", {})
     done, pending = desk.rebalance(), desk.rebalance()

@@ -14,6 +14,7 @@ from transformers.core_model_loading import Concatenate, Interleave, MergeModule
 from elastic_moe.errors import CheckpointError
 from elastic_moe.experts.layout import ExpertLayout
 from elastic_moe.weights.checkpoint import CheckpointReader
+from elastic_moe.weights.shards import Shards
 
 Tensors = dict[str, torch.Tensor]
 EXPERTS = "model.layers.0.mlp.experts"
@@ -78,6 +79,23 @@ def test_bytes_are_those_of_the_checkpoint_dtype(folder: Path) -> None:
         assert all(tensor.dtype == torch.float32 for _, tensor in reader.read_dense())
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.bfloat16, torch.float8_e4m3fn, torch.float64])
+def test_what_will_be_read_is_what_is_read(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensor = (torch.arange(24).reshape(4, 6) % 2).to(dtype)
+    save_file({"some": tensor, "other": torch.ones(3)}, tmp_path / "model.safetensors")
+    shards = Shards(tmp_path)
+    assert (shards.shape("some"), shards.num_bytes("some"), shards.num_bytes("some", 2)) == (
+        (4, 6),
+        tensor.nbytes,
+        tensor[2].nbytes,
+    )
+    assert torch.equal(shards.read("some").float(), tensor.float())
+    assert shards.bytes_read == tensor.nbytes
+    assert torch.equal(shards.read("some", 2).float(), tensor[2:3].float())
+    assert shards.bytes_read == tensor.nbytes + tensor[2].nbytes
+    shards.close()
+
+
 def test_dense_tensors_own_their_memory(folder: Path) -> None:
     with reader_of(folder) as reader:
         tensors = dict(reader.read_dense())
@@ -87,6 +105,17 @@ def test_dense_tensors_own_their_memory(folder: Path) -> None:
         file.seek(size // 2)
         file.write(b"\xff" * (size // 2))
     assert all(torch.equal(tensors[name], kept[name]) for name in kept)
+
+
+def test_dense_tensors_that_are_had_already_are_left_out(folder: Path) -> None:
+    """Of the first, of one in the middle: the others come, in their order, and nothing else is read."""
+    with reader_of(folder) as reader:
+        names, total = reader.dense_names(), reader.bytes_total_dense
+        sizes = {name: tensor.nbytes for name, tensor in reader.read_dense()}
+    but = {names[0], names[4]}
+    with reader_of(folder) as reader:
+        assert [name for name, _ in reader.read_dense(but=but)] == [name for name in names if name not in but]
+        assert reader.bytes_read == total - sizes[names[0]] - sizes[names[4]]
 
 
 def test_dense_in_file_order(folder: Path) -> None:
@@ -102,6 +131,39 @@ def test_unexpected_tensors_are_listed_only(folder: Path) -> None:
     edit(folder, lambda t: t.update(extra))
     with reader_of(folder) as reader:
         assert set(reader.unexpected) == set(extra)
+
+
+def test_of_two_ways_to_make_a_tensor_the_first_is_taken(folder: Path) -> None:
+    """Numbered experts come first, by name; the fused tensor beside them is of no use, and neither is read for it."""
+    fused, last = f"{EXPERTS}.down_proj", "model.layers.1.mlp.experts.down_proj"
+    edit(folder, lambda t: t.update({fused: torch.ones(6, 32, 16), last: torch.ones(6, 32, 16)}))
+    stored = load_file(folder / "model.safetensors")
+    layout = layouts_of(build_on_meta(FAMILIES["qwen3_moe"]()))[EXPERTS]
+    with reader_of(folder) as reader:
+        assert set(reader.unexpected) == {fused, last}
+        assert reader.bytes_per_expert(EXPERTS) == layout.num_bytes
+        out = empty_expert(layout)
+        reader.read_expert(EXPERTS, 2, out)
+    assert torch.equal(out[1], stored[f"{EXPERTS}.2.down_proj.weight"])
+
+
+@pytest.mark.parametrize(("num_missing", "shown"), [(4, "q_proj.weight$"), (5, "q_proj.weight, ...$")])
+def test_few_of_the_missing_tensors_are_named(folder: Path, num_missing: int, shown: str) -> None:
+    attention = "model.layers.0.self_attn"
+    names = [f"{attention}.{name}_proj.weight" for name in ("k", "o", "q", "v")] + ["model.norm.weight"]
+    names = [*names[:1], f"{attention}.k_norm.weight", *names[1:]]
+    edit(folder, lambda t: [t.pop(name) for name in sorted(names)[:num_missing]])
+    with pytest.raises(CheckpointError, match=f"lacks {num_missing} tensors of the model: {attention}.k_norm.*{shown}"):
+        reader_of(folder)
+
+
+def test_what_any_of_the_models_patterns_allows_may_be_missing(folder: Path) -> None:
+    names = {"model.norm.weight", "model.layers.1.self_attn.q_proj.weight"}
+    edit(folder, lambda t: [t.pop(name) for name in names])
+    model = build_on_meta(FAMILIES["qwen3_moe"]())
+    model._keys_to_ignore_on_load_missing = {r"model\.norm", "q_proj"}
+    with CheckpointReader(folder, model, layouts_of(model)) as reader:
+        assert reader.missing == names
 
 
 def test_tied_head_may_be_absent(tmp_path: Path) -> None:
@@ -155,7 +217,7 @@ FLAWS: dict[str, tuple[Callable[[Tensors], object], str]] = {
     "missing dense": (lambda t: t.pop("model.norm.weight"), "lacks 1 tensors of the model: model.norm.weight"),
     "wrong dense shape": (
         lambda t: t.update({"model.norm.weight": torch.ones(31)}),
-        r"model.norm.weight has shape \(31,\) .*needs \(32,\)",
+        r"model.norm.weight has shape \(31,\) in the checkpoint \(model.norm.weight\), .*needs \(32,\)",
     ),
     "wrong expert shape": (
         lambda t: t.update({f"{EXPERTS}.{e}.down_proj.weight": torch.ones(32, 15) for e in range(6)}),
@@ -222,6 +284,7 @@ CONVERTERS = {
     "transposed": (Transpose(1, 2), lambda t: t.transpose(1, 2), 1),
     # one expert never has the shape of the whole parameter that check_dims compares with
     "transposed when needed": (Transpose(1, 2, check_dims=True), lambda t: t.transpose(1, 2), 1),
+    "transposed already": (Transpose(1, 2, check_dims=True), lambda t: t, 1),
     # act on the expert dimension: all experts are read for one
     "experts last": (Transpose(0, 2), lambda t: t.transpose(0, 2), 6),
     "experts in another order": (Interleave(0), lambda t: interleaved(t, inverse=True), 6),

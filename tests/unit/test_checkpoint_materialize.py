@@ -76,6 +76,15 @@ def test_tied_weights_without_data_share_memory() -> None:
     assert model.get_parameter(EMBED) is model.get_parameter(HEAD)
 
 
+def test_what_is_left_on_the_meta_device_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = FAMILIES["qwen3_moe"]()
+    config.tie_word_embeddings = True
+    model = build_on_meta(config)
+    monkeypatch.setattr(model, "tie_weights", lambda **_: None)
+    with pytest.raises(RuntimeError, match=f"1 tensors are still on the meta device: {HEAD}"):
+        materialize(model, "cpu")
+
+
 def test_what_may_be_missing_is_initialised(tmp_path: Path) -> None:
     build(FAMILIES["qwen3_moe"]()).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")

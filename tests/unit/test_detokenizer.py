@@ -119,6 +119,39 @@ def test_what_was_held_back_is_flushed():
     assert matcher.flush() == "EN"
 
 
+def test_a_flush_is_given_once():
+    matcher = StopStrings(["END"])
+    assert matcher.push("EN") == ""
+    assert [matcher.flush(), matcher.flush()] == ["EN", ""]
+
+
+@pytest.mark.parametrize("finish", ["length", "stop"])
+@pytest.mark.parametrize("half", ["", "\ufffd"])
+def test_what_is_held_back_comes_with_the_end(byte_level: Tokenizer, finish: str, half: str):
+    """What might have been the begin of a stop string, and half a character behind it."""
+    tokens = byte_level.encode("a EN").ids + [byte_id(byte_level, b) for b in "\u4f60".encode()[:2] if half]
+    end = [token_id(byte_level, "<end>")] if finish == "stop" else []
+    text = CompletionText(Detokenizer(byte_level.decode), ["END"])
+    assert text.push(tokens, "") == "a "
+    assert text.push(end, finish) == "EN" + half
+    assert (text.num_tokens, text.finish) == (len(tokens) + len(end), finish)
+
+
+def test_the_last_flush_may_complete_a_stop_string(byte_level: Tokenizer):
+    """The replacement character of half a character is text as any other, and nothing of a stop string is shown."""
+    half = [byte_id(byte_level, b) for b in "\u4f60".encode()[:2]]
+    for stop, shown in (("\ufffd", "hi"), ("i\ufffd", "h"), ("\ufffd!", "hi\ufffd")):
+        text = CompletionText(Detokenizer(byte_level.decode), [stop])
+        pieces = text.push(byte_level.encode("hi").ids, "") + text.push(half, "length")
+        assert (pieces, text.finish) == (shown, "length" if shown.endswith("\ufffd") else "stop")
+
+
+def test_tokens_behind_a_stop_string_are_not_counted(byte_level: Tokenizer):
+    text = CompletionText(Detokenizer(byte_level.decode), ["b"])
+    assert text.push([token_id(byte_level, c) for c in "abac"], "length") == "a"
+    assert (text.num_tokens, text.finish) == (2, "stop")
+
+
 def test_completion_text_does_not_depend_on_grouping(byte_level: Tokenizer):
     tokens = byte_level.encode("one two three, four five").ids
     results = set()

@@ -2,16 +2,25 @@
 
 import asyncio
 
+import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from support.front_end import END, FakeEngine, front_end, until
 
 from elastic_moe.config import ServeConfig
+from elastic_moe.group.view import View
+from elastic_moe.serving.front_end.cluster_status import RequestStatus
 from elastic_moe.serving.protocol import DROPPED
 
 pytestmark = pytest.mark.anyio
 
 TEXT = " the quick brown fox jumps over the lazy dog"
+
+
+@pytest.fixture(autouse=True)
+def hellos_come_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that nothing of what is to be done at once is done by the next report, a second later."""
+    monkeypatch.setattr("elastic_moe.serving.front_end.gateway.HELLO_INTERVAL_S", 1000.0)
 
 
 async def test_duplicates_and_strangers_change_nothing(config: ServeConfig):
@@ -44,6 +53,7 @@ async def test_what_an_engine_has_dropped_or_left_out_is_submitted_again(config:
         name = engine.submits[0].request_id
         await (engine.send(name, 6, [9, 9]) if what == "gap" else engine.send(name, 0, [], DROPPED))
         assert (await response).json()["choices"][0]["text"] == TEXT
+        assert await resubmitted(fe) == 1
     assert engine.cancels == [name]
     assert [submit.num_generated for submit in engine.submits] == [0, 2]
 
@@ -80,6 +90,114 @@ async def test_a_respawned_rank_starts_from_the_tokens_known(config: ServeConfig
         fe.show(respawned)
         assert (await response).json()["choices"][0]["text"] == TEXT
     assert respawned.submits[0].num_generated == 3
+
+
+async def test_orphans_are_placed_at_once(config: ServeConfig):
+    """With the view that tells of the loss, not when the next rank reports. What moves is counted, each time."""
+    async with front_end(config) as fe:
+        first, second, third, fourth = (FakeEngine(rank, [END], sends=0) for rank in (0, 1, 2, 0))
+        await fe.join(first, second)
+        requests = [asyncio.create_task(fe.complete()) for _ in range(4)]
+        await until(lambda: (len(first.submits), len(second.submits)) == (2, 2))
+        third.phase = "loading"
+        fe.show(third)
+        assert fe.gateway.status().requests == RequestStatus(running=0, waiting=4)
+        assert await resubmitted(fe) == 0, "none has a place yet"
+        third.phase = "serving"
+        await fe.join(fourth, third)
+        assert fe.gateway.status().requests == RequestStatus(running=4, waiting=0)
+        assert await resubmitted(fe) == 4
+        await until(lambda: len(third.submits) + len(fourth.submits) == 4)
+        fe.show(fourth)
+        assert fe.gateway.status().requests == RequestStatus(running=4, waiting=0), "no report was needed"
+        await until(lambda: len(fourth.submits) == 4)
+        assert await resubmitted(fe) == 4 + len(third.submits) > 4
+        for submit in fourth.submits:
+            await fourth.send(submit.request_id, 0, [END], "stop")
+        assert [answer.status_code for answer in await asyncio.gather(*requests)] == [200] * 4
+
+
+async def test_a_request_that_stays_is_not_submitted_again(config: ServeConfig):
+    async with front_end(config) as fe:
+        lost, heir = FakeEngine(0, [END], sends=0), FakeEngine(1, [END], sends=0)
+        await fe.join(lost, heir)
+        requests = [asyncio.create_task(fe.complete()) for _ in range(2)]
+        await until(lambda: (len(lost.submits), len(heir.submits)) == (1, 1))
+        lost.close()
+        fe.show(heir)
+        await until(lambda: len(heir.submits) == 2)
+        assert heir.submits[1].request_id == lost.submits[0].request_id
+        assert await resubmitted(fe) == 1
+        for submit in heir.submits:
+            await heir.send(submit.request_id, 0, [END], "stop")
+        await asyncio.gather(*requests)
+
+
+async def test_an_engine_that_knows_a_newer_view_is_followed(config: ServeConfig):
+    """The front end's own supervisor may tell later: its own engine may be the one that died."""
+    async with front_end(config) as fe:
+        answer = [*fe.tokens(TEXT), END]
+        lost, heir = FakeEngine(0, answer, sends=3), FakeEngine(1, answer)
+        await fe.join(lost, heir)
+        response = asyncio.create_task(fe.complete(max_tokens=50))
+        await until(lambda: len(lost.submits) == 1 and len(only_entry(fe).tokens) == 3)
+        lost.close()
+        heir.view = View(5, (heir.member,))
+        await heir.report()
+        assert (await response).json()["choices"][0]["text"] == TEXT
+        assert [submit.num_generated for submit in heir.submits] == [3]
+        assert (fe.gateway.status().epoch, ranks_of(fe)) == (5, [1])
+        fe.gateway.set_view(View(4, (lost.member, heir.member)))
+        assert (fe.gateway.status().epoch, ranks_of(fe)) == (5, [1]), "what the supervisor tells late is old"
+        fe.gateway.set_view(View(5, (heir.member,)))
+        fe.gateway.set_view(View(6, (heir.member,)))
+        assert (fe.gateway.status().epoch, ranks_of(fe)) == (6, [1])
+
+
+async def test_an_engine_that_knows_an_older_view_is_not_followed(config: ServeConfig):
+    """Nor is one that knows the same: a status is on its way while the supervisor tells of the next view."""
+    async with front_end(config) as fe:
+        former, newcomer = FakeEngine(0, [END]), FakeEngine(1, [END])
+        await fe.join(former)
+        await fe.join(former, newcomer)
+        for epoch in (1, 2):
+            former.view, former.phase = View(epoch, (former.member,)), f"serving {epoch}"
+            await former.report()
+            await until(lambda: fe.gateway.status().members[0].phase == former.phase)
+            assert (fe.gateway.status().epoch, ranks_of(fe)) == (2, [0, 1])
+
+
+async def test_a_process_in_the_same_seat_is_another_member(config: ServeConfig):
+    """What its predecessor still says is not its status, and a member that stays keeps its link."""
+    async with front_end(config) as fe:
+        former, respawned, stays = FakeEngine(0, [END]), FakeEngine(0, [END]), FakeEngine(1, [END])
+        await fe.join(former, stays)
+        hellos = stays.hellos
+        respawned.phase = "loading"
+        fe.show(respawned, stays)
+        assert [m.phase for m in fe.gateway.status().members] == ["silent", "serving"], "nothing was heard of it yet"
+        await until(lambda: fe.gateway.status().members[0].phase == "loading")
+        assert fe.gateway.status().members[0].incarnation == respawned.member.incarnation
+        assert stays.hellos == hellos
+        moved = FakeEngine(1, [END])
+        moved.member = msgspec.structs.replace(moved.member, incarnation=stays.member.incarnation)
+        fe.show(respawned, moved)
+        await until(lambda: moved.hellos == 1)
+        stays.close()
+
+
+async def test_engines_are_greeted_at_once_and_again(config: ServeConfig, monkeypatch: pytest.MonkeyPatch):
+    """At once: a new engine reports when it is greeted. Again: an engine forgets whoever greets it no more."""
+    monkeypatch.setattr("elastic_moe.serving.front_end.gateway.HELLO_INTERVAL_S", 0.02)
+    async with front_end(config) as fe:
+        engine = FakeEngine(0, [END])
+        await fe.join(engine)
+        await until(lambda: engine.hellos >= 5)
+    monkeypatch.setattr("elastic_moe.serving.front_end.gateway.HELLO_INTERVAL_S", 1000.0)
+    async with front_end(config) as fe:
+        await asyncio.sleep(0)  # the greeter has greeted nobody, and sleeps
+        await fe.join(engine := FakeEngine(0, [END]))
+        assert engine.hellos == 1
 
 
 async def test_requests_wait_for_a_healthy_rank(config: ServeConfig):
@@ -132,6 +250,7 @@ async def test_health(config: ServeConfig):
             return response.status_code, response.json().get("reason", response.json()["status"])
 
         assert await health() == (503, "no engine has joined yet")
+        assert fe.gateway.status().epoch == 0
         first, second = FakeEngine(0, [END]), FakeEngine(1, [END])
         second.phase = "loading"
         fe.show(first, second)
@@ -213,6 +332,8 @@ async def test_metrics(config: ServeConfig):
     assert before["elastic_moe_prompt_tokens_total", ""] == len(engine.submits[0].tokens)
     assert before["elastic_moe_time_to_first_token_seconds_count", ""] == 1.0
     assert before["elastic_moe_inter_token_seconds_count", ""] == num_tokens - 1
+    for what in ("time_to_first_token", "inter_token"):
+        assert 0 < before[f"elastic_moe_{what}_seconds_sum", ""] < 60
     assert before["elastic_moe_ranks", "serving"] == 2.0
     assert before["elastic_moe_rank_running", "4"] == 0.0
     assert (before["elastic_moe_epoch", ""], after["elastic_moe_epoch", ""]) == (1.0, 2.0)
@@ -234,6 +355,15 @@ async def test_stopping_ends_streams_with_an_error(config: ServeConfig):
         assert (await fe.complete()).status_code == 503
         assert (await fe.client.get("/health")).json()["status"] == "stopping"
         await until(lambda: len(engine.cancels) == 2)
+
+
+def ranks_of(fe) -> list[int]:
+    return [member.rank for member in fe.gateway.status().members]
+
+
+async def resubmitted(fe) -> float:
+    exposition = (await fe.client.get("/metrics")).text
+    return samples(exposition)["elastic_moe_requests_resubmitted_total", ""]
 
 
 def only_entry(fe):

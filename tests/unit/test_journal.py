@@ -45,6 +45,13 @@ def test_tokens_are_taken_once_and_in_order():
     assert (one.tokens, one.finish) == ([10, 11, 12, 13], "stop")
 
 
+def test_tokens_beyond_the_limit_are_cut():
+    one = entry(max_tokens=4)
+    assert one.apply(tokens(0, [10, 11])) == 2
+    assert one.apply(tokens(1, [11, 12, 13, 14, 15])) == 2
+    assert (one.tokens, one.finish) == ([10, 11, 12, 13], "length")
+
+
 def test_the_last_token_finishes_the_request_even_if_the_engine_does_not_say_so():
     one = entry(max_tokens=2)
     one.apply(tokens(0, [10, 11, 12]))

@@ -48,8 +48,35 @@ def test_loads_from_a_file_may_have_dense_layers(tmp_path):
     assert read_loads(path, 2, 2).tolist() == [[1, 2], [3, 4]]
 
 
+def test_a_layer_without_loads_is_kept_where_no_dense_ones_are_to_be_left_out(tmp_path):
+    path = tmp_path / "loads.json"
+    path.write_text(json.dumps({"logical_count": [[0, 0], [1, 0]]}))
+    assert read_loads(path, 2, 2).tolist() == [[0, 0], [1, 0]]
+    path.write_text(json.dumps({"logical_count": [[0, 0], [0, 2], [3, 0]]}))
+    assert read_loads(path, 2, 2).tolist() == [[0, 2], [3, 0]]
+
+
+def test_steps_that_go_back_make_nothing_heavier():
+    """A process counts its steps; whoever takes its place counts anew."""
+    window = LoadWindow(1, 2, half_life_steps=10)
+    window.add(np.array([[8, 4]]), steps=15)
+    window.add(np.array([[8, 6]]), steps=5)
+    assert window.loads.tolist() == [[8.0, 6.0]]
+
+
 @pytest.mark.parametrize(
-    "content", ["{}", "not json", '{"logical_count": [[1, 2]]}', '{"logical_count": [[1, -2], [1, 1]]}']
+    "content",
+    [
+        "{}",
+        "not json",
+        '{"logical_count": [[1, 2]]}',
+        '{"logical_count": [[1, -2], [1, 1]]}',
+        '{"logical_count": [[1, NaN], [1, 1]]}',
+        '{"logical_count": [[1, Infinity], [1, 1]]}',
+        '{"logical_count": [1, 2, 3]}',
+        '{"logical_count": [[1, 2], [1]]}',
+        "[[1, 2], [3, 4]]",
+    ],
 )
 def test_other_files_are_refused_in_one_line(tmp_path, content):
     path = tmp_path / "loads.json"

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import zmq
 
+from elastic_moe.control.report import Report
 from elastic_moe.group.view import Member, View
 from elastic_moe.serving.engine import mailbox as module
 from elastic_moe.serving.engine.mailbox import Mailbox
@@ -17,6 +18,7 @@ from elastic_moe.serving.protocol import (
     DROPPED,
     AskLoads,
     Cancel,
+    Event,
     Hello,
     Loads,
     Rebalance,
@@ -199,6 +201,56 @@ def test_loads_are_told_without_the_step_loop(harness: Harness):
     another.send(AskLoads("second"))
     assert another.receive() == Loads("second", [])
     assert harness.mailbox.inbox.empty()
+
+
+def test_a_rank_without_a_balancer_has_no_loads():
+    with ExitStack() as stack:
+        mailbox = Mailbox("127.0.0.1", lambda: STATUS)
+        mailbox.start()
+        front_end = FrontEnd(stack.enter_context(zmq.Context()), mailbox.address)
+        stack.callback(front_end.socket.close)
+        front_end.send(AskLoads("first"))
+        assert front_end.receive() == Loads("first", [])
+
+
+def test_events_go_to_every_front_end(harness: Harness, monkeypatch: pytest.MonkeyPatch):
+    """To those that have said hello, whether they have requests here or not."""
+    monkeypatch.setattr(module, "STATUS_EVERY_S", 1000.0)
+    first, second, stranger = (harness.front_end() for _ in range(3))
+    for front_end in (first, second):
+        front_end.send(Hello("a"))
+        assert front_end.receive() == STATUS
+    stranger.send(submit("a"))
+    assert harness.next() == submit("a")
+    event = Event(3, Report(2, (3,), (1,), (), "a loss", 1.0, {"view": 0.1}, {"disk": 5}, 5, 0, 1))
+    harness.mailbox.send(event)
+    for front_end in (first, second):
+        while isinstance(message := front_end.receive(), Status):
+            pass
+        assert message == event
+    harness.mailbox.send(Tokens("a", "x", 0, [6]))
+    assert stranger.receive() == Tokens("a", "x", 0, [6]), "the event did not come before it"
+
+
+def test_a_front_end_that_reads_slowly_loses_no_token(harness: Harness):
+    """More than ZMQ queues unless it is told to (1000 messages at either end)."""
+    front_end = harness.front_end()
+    front_end.send(submit("a"))
+    assert harness.next() == submit("a")
+    big = list(range(1000))
+    for number in range(5000):
+        harness.mailbox.send(Tokens("a", "x", number, big))
+    assert [front_end.receive().start for _ in range(5000)] == list(range(5000))
+
+
+def test_requests_that_no_status_can_tell_of_are_cancelled_too(harness: Harness, quick: None):
+    """The front end is silent, and this rank has nothing to report yet: the step loop is told all the same."""
+    silent = harness.front_end()
+    silent.send(Hello("a"))
+    silent.send(submit("a"))
+    assert silent.receive() == STATUS
+    harness.status = None
+    assert [harness.next(), harness.next()] == [submit("a"), Cancel("a")]
 
 
 def test_a_rebalance_is_the_step_loops(harness: Harness):

@@ -11,8 +11,8 @@ from elastic_moe.placement.registry import PlacementRegistry
 from elastic_moe.placement.topology import Topology
 
 
-def place(rows, num_experts, slots_per_rank, version=0):
-    return Placement(np.array(rows), num_experts, slots_per_rank, version=version)
+def place(rows, num_experts, slots_per_rank, **numbers):
+    return Placement(np.array(rows), num_experts, slots_per_rank, **numbers)
 
 
 def test_experts_are_dealt_in_order():
@@ -60,6 +60,19 @@ def test_more_slots_than_a_rank_can_use_stay_empty():
 def test_a_placement_that_cannot_be_is_refused(rows, message):
     with pytest.raises((ValueError, NotEnoughSlots), match=message):
         place(rows, 4, 2)
+
+
+def test_the_first_placement_is_version_0_of_no_epoch():
+    first = initial_placement(1, 2, Topology.uniform(2), 1)
+    assert (first.version, first.epoch, len(first.hash)) == (0, 0, 16)
+
+
+def test_spare_slots_are_filled_from_the_next_rank_on():
+    """Of equally good replicas each rank takes the first expert after its own, so that all get the same."""
+    placement = initial_placement(1, 6, Topology.uniform(3, 1), 3)
+    assert placement.slots[0].tolist() == [0, 1, 2, 2, 3, 4, 4, 5, 0]
+    placement = initial_placement(1, 4, Topology.uniform(2), 4)
+    assert placement.slots[0].tolist() == [0, 1, 2, 3, 2, 3, 0, 1]
 
 
 def test_a_placement_is_frozen_and_its_hash_names_it():
@@ -143,6 +156,93 @@ def test_integrity_of_the_tables_includes_what_none_becomes(name, expert):
     getattr(registry, name)[0, expert] += 1
     with pytest.raises(ValueError, match="dispatch tables differ"):
         registry.check_integrity()
+
+
+def registry_of(placement, rank=0, topology=None):
+    return PlacementRegistry(placement, rank, topology or Topology.uniform(placement.num_ranks), torch.device("cpu"))
+
+
+def tables_of(registry):
+    return registry._choices.tolist(), registry._num_choices.tolist()
+
+
+@pytest.mark.parametrize("is_prepared", [False, True])
+def test_a_commit_may_change_the_number_of_copies(is_prepared):
+    """More copies, fewer, and a layer as it was; the tables are those of a registry made anew."""
+    apart = Topology.uniform(3, ranks_per_node=1)
+    before = place([[0, 0, 1], [0, 1, 1], [0, 1, -1]], 2, 1, version=1)
+    after = place([[0, 1, 1], [0, 1, 1], [0, 1, 0]], 2, 1, version=2)
+    registry = registry_of(before, 1, apart)
+    registry.commit(after, registry.prepare(after) if is_prepared else None)
+    assert registry.placement is after
+    registry.check_integrity()
+    assert tables_of(registry) == tables_of(registry_of(after, 1, apart))
+    used = [registry.choose_slots(layer, torch.tensor([[0, 1]] * 4)).T.tolist() for layer in range(3)]
+    assert [[set(slots) for slots in experts] for experts in used] == [[{0}, {1}], [{0}, {1}], [{0, 2}, {1}]]
+
+
+def test_only_the_layers_that_differ_are_prepared():
+    registry = registry_of(place([[0, 1], [0, 1], [1, 0]], 2, 1, version=1))
+    tables = registry.prepare(place([[0, 1], [1, 0], [1, 0]], 2, 1, version=2))
+    assert (tables.base_version, tables.layers.tolist(), len(tables.choices), len(tables.num_choices)) == (1, [1], 1, 1)
+
+
+def test_a_commit_of_the_same_slots_takes_the_new_version():
+    registry = registry_of(place([[0, 1]], 2, 1, version=1))
+    before, same = tables_of(registry), place([[0, 1]], 2, 1, version=2, epoch=3)
+    tables = registry.prepare(same)
+    assert (tables.base_version, tables.layers.size) == (1, 0)
+    registry.commit(same, tables)
+    assert (registry.placement.version, registry.placement.epoch) == (2, 3)
+    assert tables_of(registry) == before
+
+
+def test_a_commit_with_more_slots_writes_every_layer():
+    """As after a loss that makes ranks grow: another shape, so nothing can be compared slot by slot."""
+    topology = Topology.uniform(2)
+    registry = registry_of(place([[0, 1], [1, 0]], 2, 1, version=1), 1, topology)
+    grown = place([[0, 1, 1, -1], [1, 0, 0, -1]], 2, 2, version=2)
+    assert registry.prepare(grown).layers.tolist() == [0, 1]
+    registry.commit(grown)
+    registry.check_integrity()
+    assert registry.choose_slots(0, torch.tensor([[0, 1]])).tolist() == [[0, 2]]
+    assert registry.choose_slots(1, torch.tensor([[0, 1]])).tolist() == [[2, 0]]
+
+
+def test_tables_over_another_version_are_refused():
+    registry = registry_of(place([[0, 1]], 2, 1, version=1))
+    late = place([[1, 0]], 2, 1, version=3)
+    tables = registry.prepare(late)
+    registry.commit(place([[0, 1]], 2, 1, version=2))
+    before = tables_of(registry)
+    with pytest.raises(ValueError, match="tables prepared over version 1, but 2 is committed"):
+        registry.commit(late, tables)
+    assert registry.placement.version == 2
+    assert tables_of(registry) == before
+
+
+def test_a_placement_for_other_seats_is_refused():
+    registry = registry_of(place([[0, 1]], 2, 1, version=1))
+    with pytest.raises(ValueError, match="placement for 1 ranks, but the topology has 2"):
+        registry.commit(place([[0, 1]], 2, 2, version=2))
+    assert registry.placement.version == 1
+
+
+def test_the_registry_finds_a_placement_that_has_changed():
+    registry = registry_of(place([[0, 1]], 2, 1))
+    registry.check_integrity()
+    registry.placement.slots.setflags(write=True)
+    registry.placement.slots[0] = [1, 0]
+    with pytest.raises(ValueError, match="does not match its hash"):
+        registry.check_integrity()
+
+
+def test_integrity_looks_at_both_tables():
+    for spoil in ("_choices", "_num_choices"):
+        registry = registry_of(place([[0, 1]], 2, 1))
+        getattr(registry, spoil)[0, 1] += 1
+        with pytest.raises(ValueError, match="dispatch tables differ"):
+            registry.check_integrity()
 
 
 def test_registry_refuses_old_versions_and_other_shapes():

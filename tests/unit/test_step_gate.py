@@ -102,12 +102,26 @@ def test_the_error_of_an_action_reaches_both_sides_and_those_who_come_later():
 def test_close_frees_whoever_waits():
     background, ran = Background(), []
     done = background.run(lambda: ran.append(1))
+    assert not background.gate.is_closed
     background.gate.close()
+    assert background.gate.is_closed
     background.gate.close(RuntimeError("the first call counts"))
     assert isinstance(done.exception(WAIT_S), PeerLost)
     with pytest.raises(PeerLost, match="the epoch is over"):
         background.gate.run(lambda: ran.append(2))
     assert not ran
+
+
+def test_each_that_hears_of_a_loss_gets_an_error_of_its_own():
+    """One error raised twice would hold the frames of both, and the epoch's groups with them."""
+    gate, lost = Background().gate, PeerLost("rank 1 is lost")
+    gate.close(lost)
+    heard = []
+    for _ in range(2):
+        with pytest.raises(PeerLost, match="rank 1 is lost") as raised:
+            gate.wait_for_step(WAIT_S)
+        heard.append(raised.value)
+    assert len({id(error) for error in (lost, *heard)}) == 3
 
 
 def test_an_error_of_the_barrier_leaves_the_action_undone():

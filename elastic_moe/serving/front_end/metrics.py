@@ -29,7 +29,10 @@ class Metrics:
             return Histogram(f"elastic_moe_{name}", meaning, labels, buckets=buckets, registry=self.registry)
 
         self.requests = counter("requests", "Requests ended: stop, length, error, cancelled, rejected", "outcome")
-        self.resubmitted = counter("requests_resubmitted", "Requests moved to another rank after a loss")
+        self.resubmitted = counter(
+            "requests_resubmitted",
+            "Times that a request was given to a rank again: its rank was lost, or had dropped it",
+        )
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of accepted requests")
         self.generated_tokens = counter("generated_tokens", "Tokens received from the engines, each counted once")
         self.time_to_first_token = histogram(
