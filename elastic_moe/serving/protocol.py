@@ -5,6 +5,8 @@ One message is one frame. Positions make delivery idempotent: `Tokens.start` say
 token that arrives twice is recognised and dropped.
 """
 
+import enum
+
 import msgspec
 
 from elastic_moe.control.report import RebalanceReport, Report
@@ -66,22 +68,46 @@ class Loads(msgspec.Struct, tag="loads", frozen=True):
     loads: list[list[int]]
 
 
-DROPPED = "dropped"
-"""The engine has not heard of its front end for long and has forgotten the request; it can be submitted again."""
+class Phase(enum.StrEnum):
+    """What a rank is doing, as it says itself; or, of a rank or the whole cluster, as a front end sees it."""
+
+    STARTING = "starting"
+    """Of the cluster: not all ranks have served yet."""
+    LOADING = "loading"
+    SERVING = "serving"
+    RECOVERING = "recovering"
+    UNAVAILABLE = "unavailable"
+    """It waits for what it needs to serve; the reason is told beside it."""
+    STOPPING = "stopping"
+    """Of the cluster: this front end ends."""
+    SILENT = "silent"
+    """Of a rank: it has not reported lately, or never."""
+
+
+class Finish(enum.StrEnum):
+    """How the generation of a request has ended."""
+
+    NOT_YET = ""
+    STOP = "stop"
+    """By an end-of-sequence token, which is the last one, or by a stop string."""
+    LENGTH = "length"
+    ERROR = "error"
+    """The reason is told beside it."""
+    DROPPED = "dropped"
+    """The engine has not heard of its front end for long and has forgotten the request; it can be submitted again."""
 
 
 class Tokens(msgspec.Struct, tag="tokens", frozen=True):
     """Engine -> front end: new tokens of a request; `start` is the output position of the first of them.
 
-    `finish` is empty while the request goes on, else `stop` (end-of-sequence token, which is the last of
-    `tokens`), `length`, `error` with the reason in `error`, or `DROPPED`.
+    `error` is the reason of a `finish` by error.
     """
 
     request_id: str
     incarnation: str
     start: int
     tokens: list[int]
-    finish: str = ""
+    finish: Finish = Finish.NOT_YET
     error: str = ""
 
 
@@ -90,8 +116,8 @@ class Status(msgspec.Struct, tag="status", frozen=True):
 
     rank: int
     incarnation: str
-    phase: str
-    """`loading`, `serving`, `recovering`, or `unavailable` (the reason in `reason`)."""
+    phase: Phase
+    """Why it is UNAVAILABLE is in `reason`."""
     view: View
     placement_version: int = 0
     placement_hash: str = ""

@@ -8,6 +8,7 @@ from support.front_end import byte_level_tokenizer
 from tokenizers import Tokenizer, decoders, models
 
 from elastic_moe.serving.front_end.detokenizer import WINDOW, CompletionText, Detokenizer, StopStrings
+from elastic_moe.serving.protocol import Finish
 
 TEXTS = [
     "The experts of a layer are spread over all ranks.",
@@ -125,14 +126,14 @@ def test_a_flush_is_given_once():
     assert [matcher.flush(), matcher.flush()] == ["EN", ""]
 
 
-@pytest.mark.parametrize("finish", ["length", "stop"])
+@pytest.mark.parametrize("finish", [Finish.LENGTH, Finish.STOP])
 @pytest.mark.parametrize("half", ["", "\ufffd"])
 def test_what_is_held_back_comes_with_the_end(byte_level: Tokenizer, finish: str, half: str):
     """What might have been the begin of a stop string, and half a character behind it."""
     tokens = byte_level.encode("a EN").ids + [byte_id(byte_level, b) for b in "\u4f60".encode()[:2] if half]
-    end = [token_id(byte_level, "<end>")] if finish == "stop" else []
+    end = [token_id(byte_level, "<end>")] if finish is Finish.STOP else []
     text = CompletionText(Detokenizer(byte_level.decode), ["END"])
-    assert text.push(tokens, "") == "a "
+    assert text.push(tokens, Finish.NOT_YET) == "a "
     assert text.push(end, finish) == "EN" + half
     assert (text.num_tokens, text.finish) == (len(tokens) + len(end), finish)
 
@@ -142,13 +143,13 @@ def test_the_last_flush_may_complete_a_stop_string(byte_level: Tokenizer):
     half = [byte_id(byte_level, b) for b in "\u4f60".encode()[:2]]
     for stop, shown in (("\ufffd", "hi"), ("i\ufffd", "h"), ("\ufffd!", "hi\ufffd")):
         text = CompletionText(Detokenizer(byte_level.decode), [stop])
-        pieces = text.push(byte_level.encode("hi").ids, "") + text.push(half, "length")
+        pieces = text.push(byte_level.encode("hi").ids, Finish.NOT_YET) + text.push(half, Finish.LENGTH)
         assert (pieces, text.finish) == (shown, "length" if shown.endswith("\ufffd") else "stop")
 
 
 def test_tokens_behind_a_stop_string_are_not_counted(byte_level: Tokenizer):
     text = CompletionText(Detokenizer(byte_level.decode), ["b"])
-    assert text.push([token_id(byte_level, c) for c in "abac"], "length") == "a"
+    assert text.push([token_id(byte_level, c) for c in "abac"], Finish.LENGTH) == "a"
     assert (text.num_tokens, text.finish) == (2, "stop")
 
 
@@ -160,7 +161,9 @@ def test_completion_text_does_not_depend_on_grouping(byte_level: Tokenizer):
         shown = ""
         for at in range(0, len(tokens), size):
             if not text.finish:
-                shown += text.push(tokens[at : at + size], "length" if at + size >= len(tokens) else "")
+                shown += text.push(
+                    tokens[at : at + size], Finish.LENGTH if at + size >= len(tokens) else Finish.NOT_YET
+                )
         results.add((shown, text.num_tokens, text.finish))
     assert len(results) == 1
     shown, num_tokens, finish = results.pop()
@@ -172,7 +175,7 @@ def test_the_end_token_is_counted_but_not_shown(byte_level: Tokenizer):
     text = CompletionText(Detokenizer(byte_level.decode))
     hi = byte_level.encode("hi").ids
     ordinary_end = byte_level.encode(".").ids
-    assert text.push(hi + ordinary_end, "stop") == "hi"
+    assert text.push(hi + ordinary_end, Finish.STOP) == "hi"
     assert (text.num_tokens, text.finish) == (len(hi) + 1, "stop")
 
 

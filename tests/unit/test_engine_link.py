@@ -9,8 +9,8 @@ import zmq.asyncio
 
 from elastic_moe.group.view import Member, View
 from elastic_moe.serving.front_end.engine_link import EngineLink
-from elastic_moe.serving.front_end.routing import SILENT, STATUS_MAX_AGE_S, RankLoad
-from elastic_moe.serving.protocol import Cancel, Hello, Status, Submit, Tokens, decode_to_engine, encode
+from elastic_moe.serving.front_end.routing import STATUS_MAX_AGE_S, RankLoad
+from elastic_moe.serving.protocol import Cancel, Hello, Phase, Status, Submit, Tokens, decode_to_engine, encode
 
 pytestmark = pytest.mark.anyio
 
@@ -34,7 +34,9 @@ def member(port: int = 1) -> Member:
 
 
 def status(incarnation: str = "mine", **fields: object) -> Status:
-    return Status(**{"rank": 3, "incarnation": incarnation, "phase": "serving", "view": View(1, (member(),))} | fields)
+    return Status(
+        **{"rank": 3, "incarnation": incarnation, "phase": Phase.SERVING, "view": View(1, (member(),))} | fields
+    )
 
 
 def submit(number: int) -> Submit:
@@ -43,15 +45,15 @@ def submit(number: int) -> Submit:
 
 async def test_the_load_is_what_was_reported_and_what_was_given_since(context: zmq.asyncio.Context):
     link = EngineLink(context, member())
-    assert link.load(NOW_S) == RankLoad(3, SILENT, 0), "nothing was heard of it yet"
+    assert link.load(NOW_S) == RankLoad(3, Phase.SILENT, 0), "nothing was heard of it yet"
     link.send(submit(0))
-    assert link.load(NOW_S) == RankLoad(3, SILENT, 0)
+    assert link.load(NOW_S) == RankLoad(3, Phase.SILENT, 0)
     link.heard(status(running=5, waiting=2), NOW_S)
-    assert link.load(NOW_S) == RankLoad(3, "serving", 7), "the report counts what came before it"
+    assert link.load(NOW_S) == RankLoad(3, Phase.SERVING, 7), "the report counts what came before it"
     for message in (submit(1), Cancel("request 1"), submit(2), Hello("me")):
         link.send(message)
-    assert link.load(NOW_S) == RankLoad(3, "serving", 9)
-    link.heard(status(phase="recovering", running=8), NOW_S + 1)
+    assert link.load(NOW_S) == RankLoad(3, Phase.SERVING, 9)
+    link.heard(status(phase=Phase.RECOVERING, running=8), NOW_S + 1)
     assert link.load(NOW_S + 1) == RankLoad(3, "recovering", 8)
 
 
@@ -59,7 +61,7 @@ async def test_a_report_is_good_for_some_seconds(context: zmq.asyncio.Context):
     link = EngineLink(context, member())
     link.heard(status(), NOW_S)
     assert link.load(NOW_S + STATUS_MAX_AGE_S).healthy
-    assert link.load(NOW_S + STATUS_MAX_AGE_S + 0.01) == RankLoad(3, SILENT, 0)
+    assert link.load(NOW_S + STATUS_MAX_AGE_S + 0.01) == RankLoad(3, Phase.SILENT, 0)
     link.heard(status(), NOW_S + STATUS_MAX_AGE_S + 1)
     assert link.load(NOW_S + STATUS_MAX_AGE_S + 1).healthy
 

@@ -10,7 +10,7 @@ from support.front_end import END, FakeEngine, front_end, until
 from elastic_moe.config import ServeConfig
 from elastic_moe.group.view import View
 from elastic_moe.serving.front_end.cluster_status import RequestStatus
-from elastic_moe.serving.protocol import DROPPED
+from elastic_moe.serving.protocol import Finish
 
 pytestmark = pytest.mark.anyio
 
@@ -41,7 +41,7 @@ async def test_duplicates_and_strangers_change_nothing(config: ServeConfig):
     assert (choice["text"], choice["finish_reason"]) == (TEXT, "stop")
 
 
-@pytest.mark.parametrize("what", ["gap", DROPPED])
+@pytest.mark.parametrize("what", ["gap", Finish.DROPPED])
 async def test_what_an_engine_has_dropped_or_left_out_is_submitted_again(config: ServeConfig, what: str):
     async with front_end(config) as fe:
         answer = [*fe.tokens(TEXT), END]
@@ -51,7 +51,7 @@ async def test_what_an_engine_has_dropped_or_left_out_is_submitted_again(config:
         await until(lambda: len(engine.submits) == 1 and len(only_entry(fe).tokens) == 2)
         engine.sends = None
         name = engine.submits[0].request_id
-        await (engine.send(name, 6, [9, 9]) if what == "gap" else engine.send(name, 0, [], DROPPED))
+        await (engine.send(name, 6, [9, 9]) if what == "gap" else engine.send(name, 0, [], Finish.DROPPED))
         assert (await response).json()["choices"][0]["text"] == TEXT
         assert await resubmitted(fe) == 1
     assert engine.cancels == [name]
@@ -161,9 +161,9 @@ async def test_an_engine_that_knows_an_older_view_is_not_followed(config: ServeC
         await fe.join(former)
         await fe.join(former, newcomer)
         for epoch in (1, 2):
-            former.view, former.phase = View(epoch, (former.member,)), f"serving {epoch}"
+            former.view, former.running = View(epoch, (former.member,)), epoch
             await former.report()
-            await until(lambda: fe.gateway.status().members[0].phase == former.phase)
+            await until(lambda: fe.gateway.status().members[0].running == former.running)
             assert (fe.gateway.status().epoch, ranks_of(fe)) == (2, [0, 1])
 
 

@@ -4,8 +4,8 @@ import pytest
 
 from elastic_moe.group.view import Member, View
 from elastic_moe.serving.front_end.journal import Entry, Journal, Owner
-from elastic_moe.serving.front_end.routing import SILENT, RankLoad, choose_rank
-from elastic_moe.serving.protocol import Sampling, Submit, Tokens
+from elastic_moe.serving.front_end.routing import RankLoad, choose_rank
+from elastic_moe.serving.protocol import Phase, Sampling, Submit, Tokens
 
 
 def member(rank: int, incarnation: str) -> Member:
@@ -24,10 +24,10 @@ def tokens(start: int, ids: list[int], incarnation: str = "x", finish: str = "",
     ("ranks", "chosen"),
     [
         ([], None),
-        ([RankLoad(0, "loading", 0), RankLoad(1, "stopping", 0), RankLoad(2, SILENT, 0)], None),
-        ([RankLoad(0, "serving", 3), RankLoad(1, "serving", 2), RankLoad(5, "serving", 4)], 1),
-        ([RankLoad(7, "serving", 2), RankLoad(3, "serving", 2)], 3),
-        ([RankLoad(0, SILENT, 0), RankLoad(1, "serving", 100)], 1),
+        ([RankLoad(0, Phase.LOADING, 0), RankLoad(1, Phase.RECOVERING, 0), RankLoad(2, Phase.SILENT, 0)], None),
+        ([RankLoad(0, Phase.SERVING, 3), RankLoad(1, Phase.SERVING, 2), RankLoad(5, Phase.SERVING, 4)], 1),
+        ([RankLoad(7, Phase.SERVING, 2), RankLoad(3, Phase.SERVING, 2)], 3),
+        ([RankLoad(0, Phase.SILENT, 0), RankLoad(1, Phase.SERVING, 100)], 1),
     ],
 )
 def test_routing(ranks: list[RankLoad], chosen: int | None):

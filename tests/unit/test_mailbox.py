@@ -15,10 +15,10 @@ from elastic_moe.group.view import Member, View
 from elastic_moe.serving.engine import mailbox as module
 from elastic_moe.serving.engine.mailbox import Mailbox
 from elastic_moe.serving.protocol import (
-    DROPPED,
     AskLoads,
     Cancel,
     Event,
+    Finish,
     Hello,
     Loads,
     Rebalance,
@@ -184,7 +184,7 @@ def test_the_requests_of_a_silent_front_end_are_cancelled(harness: Harness, quic
     assert cancelled == Cancel("a")
     while isinstance(message := silent.receive(), Status):
         pass
-    assert message == Tokens("a", "x", 0, [], DROPPED)
+    assert message == Tokens("a", "x", 0, [], Finish.DROPPED)
     harness.mailbox.send(Tokens("a", "x", 0, [1]))
     harness.mailbox.send(Tokens("b", "x", 0, [2]))
     while isinstance(message := alive.receive(), Status):

@@ -16,12 +16,12 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 from elastic_moe.config import ServingConfig
 from elastic_moe.serving.engine.paged_cache import cache_sizes, pad_values
 from elastic_moe.serving.engine.seeded_runner import SeededRunner
-from elastic_moe.serving.protocol import Sampling, Submit
+from elastic_moe.serving.protocol import Finish, Sampling, Submit
 
 GRAPH_CACHE_TOKENS = 4096
 """A graph reads the cache in multiples of so many tokens: few graphs, against reading what no request has."""
 
-Deliver = Callable[[str, int, list[int], str, str], None]
+Deliver = Callable[[str, int, list[int], Finish, str], None]
 """Called with (request id, output position of the first token, tokens, finish, error)."""
 
 
@@ -199,11 +199,12 @@ class Batcher:
         start = request.num_generated + request.delivered
         request.delivered += len(tokens)
         self.tokens_generated += len(tokens)
-        finish, error = "", ""
+        finish, error = Finish.NOT_YET, ""
         if output.status == RequestStatus.FAILED:
-            finish, error = "error", output.error or "generation failed"
+            finish, error = Finish.ERROR, output.error or "generation failed"
         elif output.is_finished():
-            finish = "stop" if output.generated_tokens and output.generated_tokens[-1] in self._eos else "length"
+            is_end = bool(output.generated_tokens) and output.generated_tokens[-1] in self._eos
+            finish = Finish.STOP if is_end else Finish.LENGTH
         if finish:
             del self._requests[output.request_id], self._names[request.request_id]
         self._deliver(request.request_id, start, tokens, finish, error)

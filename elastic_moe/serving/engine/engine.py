@@ -25,7 +25,7 @@ from elastic_moe.runtime import ElasticRuntime
 from elastic_moe.runtime.initial_placement import read_loads
 from elastic_moe.serving.engine.batching import Batcher
 from elastic_moe.serving.engine.mailbox import Mailbox
-from elastic_moe.serving.protocol import Cancel, Event, Rebalance, Status, Submit, Tokens
+from elastic_moe.serving.protocol import Cancel, Event, Finish, Phase, Rebalance, Status, Submit, Tokens
 from elastic_moe.serving.starts import EngineStart
 from elastic_moe.supervision.channel import Beat, Channel, Ready, Refused, ViewChanged
 from elastic_moe.supervision.supervised import die_with_supervisor
@@ -50,7 +50,7 @@ class Engine:
         self._seat = start.seat
         self._channel = channel
         self._deadlines = start.config.elastic.deadlines(start.seat.launch.world_size)
-        self._phase, self._reason = "loading", ""
+        self._phase, self._reason = Phase.LOADING, ""
         self._load_seconds = 0.0
         self._process = psutil.Process()
         self._woken_for = 0
@@ -153,6 +153,8 @@ class Engine:
             others = [m for m in view.members if m.rank != self.runtime.rank]
             self.runtime.seat.signals.tell(others, Wake(view.epoch, next_handshake))
         (work,) = self.runtime.agree(int(self._pending))
+        if not work and not self._asleep:
+            self.runtime.pool.check_integrity()
         self._asleep = not work
         if work and self._pending:
             with self.runtime.step():
@@ -164,13 +166,13 @@ class Engine:
 
     def _recover(self, reason: str) -> None:
         """Come back in a later epoch. What was prepared stays so, and its forward runs again."""
-        self._phase, self._reason = "recovering", reason
+        self._phase, self._reason = Phase.RECOVERING, reason
         while True:
             try:
                 report = self.runtime.recover(reason)
                 break
             except (NotEnoughSlots, TransferFailed) as error:
-                self._phase, self._reason = "unavailable", str(error)
+                self._phase, self._reason = Phase.UNAVAILABLE, str(error)
                 log.error("%s; waiting for a rank to join", error)  # noqa: TRY400 - expected, and told in one line
                 self._mailbox.announce()
                 self._wait_for_change(math.inf if isinstance(error, NotEnoughSlots) else SOURCES_AGAIN_S)
@@ -194,7 +196,7 @@ class Engine:
             self._batcher.forget_graphs()
 
     def _serving(self) -> None:
-        self._phase, self._reason = "serving", ""
+        self._phase, self._reason = Phase.SERVING, ""
         self._channel.send(ViewChanged(self.runtime.view))
         self._mailbox.announce()
 
@@ -237,7 +239,7 @@ class Engine:
     def _beat(self) -> None:
         """Tell the supervisor twice a second that this process lives, and whether it gets on."""
         while True:
-            groups_wait = self._phase != "serving" or self.runtime.groups.waiting
+            groups_wait = self._phase is not Phase.SERVING or self.runtime.groups.waiting
             progress = self.runtime.handshakes + self.runtime.steps + self.runtime.pool.balancer.progress
             if not self._channel.send(Beat(progress, working=not (self._asleep or groups_wait))):
                 return
@@ -247,9 +249,9 @@ class Engine:
         try:
             self._batcher.submit(submit)
         except ValueError as error:
-            self._deliver(submit.request_id, submit.num_generated, [], "error", str(error))
+            self._deliver(submit.request_id, submit.num_generated, [], Finish.ERROR, str(error))
 
-    def _deliver(self, request_id: str, start: int, tokens: list[int], finish: str, error: str) -> None:
+    def _deliver(self, request_id: str, start: int, tokens: list[int], finish: Finish, error: str) -> None:
         incarnation = self.runtime.seat.member.incarnation
         self._mailbox.send(Tokens(request_id, incarnation, start, tokens, finish, error))
 

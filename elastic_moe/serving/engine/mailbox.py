@@ -10,10 +10,10 @@ import zmq
 
 from elastic_moe.background import OnError, end_process, start_thread
 from elastic_moe.serving.protocol import (
-    DROPPED,
     AskLoads,
     Cancel,
     Event,
+    Finish,
     Hello,
     Loads,
     Rebalance,
@@ -128,7 +128,7 @@ class Mailbox:
                 del self._owners[request_id]
                 self.inbox.put(Cancel(request_id))
                 if status:  # should it be alive after all, it reads this and submits again
-                    dropped = Tokens(request_id, status.incarnation, 0, [], DROPPED)
+                    dropped = Tokens(request_id, status.incarnation, 0, [], Finish.DROPPED)
                     self._router.send_multipart([front_end, encode(dropped)])
 
     def _broadcast_status(self) -> None:

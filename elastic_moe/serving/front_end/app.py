@@ -12,6 +12,7 @@ from elastic_moe.serving.front_end.api_errors import ApiError, install_error_han
 from elastic_moe.serving.front_end.gateway import Gateway
 from elastic_moe.serving.front_end.openai_api import OpenAIApi
 from elastic_moe.serving.front_end.served_model import ServedModel
+from elastic_moe.serving.protocol import Phase
 
 
 def create_app(gateway: Gateway, model: ServedModel) -> FastAPI:
@@ -23,7 +24,7 @@ def create_app(gateway: Gateway, model: ServedModel) -> FastAPI:
     @app.get("/health")
     async def health() -> Response:
         cluster = gateway.status()
-        healthy = cluster.phase == "serving"
+        healthy = cluster.phase is Phase.SERVING
         body = {"status": "ok"} if healthy else {"status": cluster.phase, "reason": cluster.reason}
         return _json(body, HTTPStatus.OK if healthy else HTTPStatus.SERVICE_UNAVAILABLE)
 

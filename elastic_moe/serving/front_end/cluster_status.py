@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import msgspec
 
 from elastic_moe.group.view import Member
-from elastic_moe.serving.protocol import Status
+from elastic_moe.serving.protocol import Phase, Status
 
 
 class MemberStatus(msgspec.Struct, frozen=True):
@@ -16,8 +16,7 @@ class MemberStatus(msgspec.Struct, frozen=True):
     pid: int
     incarnation: str
     host: str
-    phase: str
-    """`loading`, `serving`, `stopping`, or `silent` when it has not reported lately."""
+    phase: Phase
     running: int = 0
     waiting: int = 0
     steps: int = 0
@@ -31,7 +30,7 @@ class MemberStatus(msgspec.Struct, frozen=True):
     cuda_graphs: int = 0
 
     @classmethod
-    def of(cls, member: Member, report: Status | None, phase: str) -> "MemberStatus":
+    def of(cls, member: Member, report: Status | None, phase: Phase) -> "MemberStatus":
         """Join a member, its latest report if there is one, and its phase as seen from here."""
         reported = {} if report is None else msgspec.structs.asdict(report)
         return msgspec.convert(msgspec.structs.asdict(member) | reported | {"phase": phase}, cls)
@@ -54,8 +53,8 @@ class RequestStatus(msgspec.Struct, frozen=True):
 class ClusterStatus(msgspec.Struct, frozen=True):
     """The cluster as one front end sees it."""
 
-    phase: str
-    """`starting`, `serving`, `unavailable` (no rank can be given requests) or `stopping`."""
+    phase: Phase
+    """UNAVAILABLE when no rank can be given requests."""
     reason: str
     """Why the phase is not `serving`, in one line."""
     epoch: int

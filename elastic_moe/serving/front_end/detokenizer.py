@@ -6,6 +6,8 @@ flushing it and gives up on some invalid byte sequences ("Invalid prefix encount
 
 from collections.abc import Callable, Sequence
 
+from elastic_moe.serving.protocol import Finish
+
 REPLACEMENT = "\ufffd"
 MAX_INCOMPLETE = 3
 """Bytes of an incomplete UTF-8 sequence, at most: no more replacement characters than this can still change."""
@@ -110,24 +112,24 @@ class CompletionText:
         self._detokenizer = detokenizer
         self._stops = StopStrings(stops)
         self.num_tokens = 0
-        self.finish = ""
-        """`stop` or `length` once the completion has ended."""
+        self.finish = Finish.NOT_YET
+        """STOP or LENGTH once the completion has ended."""
 
-    def push(self, tokens: Sequence[int], finish: str) -> str:
-        """Add new tokens and the engine's `finish` (empty while it goes on); returns the new text to show.
+    def push(self, tokens: Sequence[int], finish: Finish) -> str:
+        """Add new tokens and the engine's `finish` (NOT_YET while it goes on); returns the new text to show.
 
-        With `finish` = `stop` the last token is the end-of-sequence token: counted, not shown.
+        With `finish` STOP the last token is the end-of-sequence token: counted, not shown.
         """
-        shown = len(tokens) - (finish == "stop")
+        shown = len(tokens) - (finish is Finish.STOP)
         text = ""
         for position, token in enumerate(tokens):
             self.num_tokens += 1
             if position < shown:
                 text += self._stops.push(self._detokenizer.push(token))
             if self._stops.found:
-                self.finish = "stop"
+                self.finish = Finish.STOP
                 return text
         if finish:
             text += self._stops.push(self._detokenizer.flush()) + self._stops.flush()
-            self.finish = "stop" if self._stops.found else finish
+            self.finish = Finish.STOP if self._stops.found else finish
         return text

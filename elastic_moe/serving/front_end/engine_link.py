@@ -7,8 +7,8 @@ import zmq
 import zmq.asyncio
 
 from elastic_moe.group.view import Member
-from elastic_moe.serving.front_end.routing import SILENT, STATUS_MAX_AGE_S, RankLoad
-from elastic_moe.serving.protocol import Status, Submit, ToEngine, ToFrontEnd, decode_to_front_end, encode
+from elastic_moe.serving.front_end.routing import STATUS_MAX_AGE_S, RankLoad
+from elastic_moe.serving.protocol import Phase, Status, Submit, ToEngine, ToFrontEnd, decode_to_front_end, encode
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class EngineLink:
         """What routing needs to know of this rank."""
         status = self.status
         if status is None or now_s - self._reported_at_s > STATUS_MAX_AGE_S:
-            return RankLoad(self.member.rank, SILENT, 0)
+            return RankLoad(self.member.rank, Phase.SILENT, 0)
         load = status.running + status.waiting + self._submitted_since_report
         return RankLoad(self.member.rank, status.phase, load)
 

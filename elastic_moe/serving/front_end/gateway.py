@@ -19,7 +19,7 @@ from elastic_moe.serving.front_end.events import EventLog
 from elastic_moe.serving.front_end.journal import Entry, Journal, Owner
 from elastic_moe.serving.front_end.metrics import Metrics
 from elastic_moe.serving.front_end.routing import choose_rank
-from elastic_moe.serving.protocol import DROPPED, Cancel, Event, Hello, Loads, Sampling, Status, Tokens
+from elastic_moe.serving.protocol import Cancel, Event, Finish, Hello, Loads, Phase, Sampling, Status, Tokens
 
 HELLO_INTERVAL_S = 1.0
 
@@ -42,13 +42,17 @@ class Unavailable(GenerationFailed):
     """No rank can serve now, and the ranks say why; those that come back may."""
 
 
+CANCELLED, REJECTED = "cancelled", "rejected"
+"""Outcomes of requests beside a `Finish`, for the metrics."""
+
+
 class Generation:
     """One request in flight. A context manager: however it is left, the request is dropped here and at its engine."""
 
     def __init__(self, gateway: "Gateway", entry: Entry) -> None:
         """Made by `Gateway.open`."""
         self.entry = entry
-        self.outcome = "cancelled"
+        self.outcome = CANCELLED
         """What becomes of the request, for the metrics; the reader sets it when it has the whole answer."""
         self.last_arrival_s: float | None = None
         self.changed = asyncio.Event()
@@ -62,8 +66,8 @@ class Generation:
         """Drop the request."""
         self._gateway.drop(self)
 
-    async def updates(self) -> AsyncIterator[tuple[list[int], str]]:
-        """New tokens as they come, with the engine's `finish`: `stop` or `length` in the last update, else empty.
+    async def updates(self) -> AsyncIterator[tuple[list[int], Finish]]:
+        """New tokens as they come, with the engine's `finish`: STOP or LENGTH in the last update, else NOT_YET.
 
         Raises:
             GenerationFailed: the engine gave up, or (`Stopping`) the front end did.
@@ -72,7 +76,7 @@ class Generation:
         while True:
             await self.changed.wait()
             self.changed.clear()
-            if entry.finish == "error":
+            if entry.finish is Finish.ERROR:
                 raise (Stopping if self._gateway.stopping else GenerationFailed)(entry.error)
             tokens, num_read = entry.tokens[num_read:], len(entry.tokens)
             yield tokens, entry.finish
@@ -132,10 +136,10 @@ class Gateway:
         if self.stopping:
             raise Stopping(self.stopping)
         if why_not := self._why_not():
-            self.metrics.requests.labels("rejected").inc()
+            self.metrics.requests.labels(REJECTED).inc()
             raise Unavailable(why_not)
         if len(self._journal) >= self._max_in_flight:
-            self.metrics.requests.labels("rejected").inc()
+            self.metrics.requests.labels(REJECTED).inc()
             raise TooManyRequests(f"{self._max_in_flight} requests are in flight already; try again later")
         entry = Entry(secrets.token_hex(12), prompt, max_tokens, sampling, arrived_s=time.monotonic())
         generation = Generation(self, entry)
@@ -150,7 +154,7 @@ class Gateway:
         entry = generation.entry
         self._journal.remove(entry)
         del self._generations[entry.request_id]
-        self.metrics.requests.labels(entry.finish if entry.finish == "error" else generation.outcome).inc()
+        self.metrics.requests.labels(entry.finish if entry.finish is Finish.ERROR else generation.outcome).inc()
         if not entry.finish:
             self._cancel(entry)
 
@@ -208,25 +212,25 @@ class Gateway:
             self._unlink(rank)
         self._context.destroy(linger=0)
 
-    def _phase(self) -> tuple[str, str]:
+    def _phase(self) -> tuple[Phase, str]:
         """The phase of the whole, and why it is not `serving`."""
         absent = self._absent_ranks()
         if self.stopping:
-            return "stopping", self.stopping
+            return Phase.STOPPING, self.stopping
         if not self._links:
-            return "starting", "no engine has joined yet"
+            return Phase.STARTING, "no engine has joined yet"
         if not self._has_started:
-            return "starting", f"these ranks are not serving yet: {', '.join(map(str, absent))}"
+            return Phase.STARTING, f"these ranks are not serving yet: {', '.join(map(str, absent))}"
         if len(absent) == len(self._links):
-            return "unavailable", self._why_not() or "no rank is serving"
-        return "serving", ""
+            return Phase.UNAVAILABLE, self._why_not() or "no rank is serving"
+        return Phase.SERVING, ""
 
     def _why_not(self) -> str:
         """Why the ranks cannot serve, as the first that says so does; empty when one serves, or all may soon."""
         if len(self._absent_ranks()) < len(self._links):
             return ""
         reports = [link.status for _, link in sorted(self._links.items()) if link.status]
-        return next((report.reason for report in reports if report.phase == "unavailable"), "")
+        return next((report.reason for report in reports if report.phase is Phase.UNAVAILABLE), "")
 
     def _absent_ranks(self) -> list[int]:
         """Members of the view that cannot be given requests now."""
@@ -292,7 +296,7 @@ class Gateway:
         entry = self._journal.addressee(message)
         if entry is None:
             return
-        num_new = None if message.finish == DROPPED else entry.apply(message)
+        num_new = None if message.finish is Finish.DROPPED else entry.apply(message)
         if num_new is None:  # dropped, or tokens are missing before these: begin anew from those that are here
             logger.warning("request %s has to be submitted again after %d tokens", entry.request_id, len(entry.tokens))
             self._cancel(entry)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from elastic_moe.group.view import View
-from elastic_moe.serving.protocol import Sampling, Submit, Tokens
+from elastic_moe.serving.protocol import Finish, Sampling, Submit, Tokens
 
 
 class Owner(NamedTuple):
@@ -32,8 +32,8 @@ class Entry:
     owner: Owner | None = None
     """None while no rank works on it: not placed yet, or orphaned."""
     num_submits: int = 0
-    finish: str = ""
-    """`stop`, `length` or `error` (the reason in `error`) once no more tokens will come."""
+    finish: Finish = Finish.NOT_YET
+    """Whether more tokens will come."""
     error: str = ""
 
     def assign(self, owner: Owner) -> Submit:
@@ -59,12 +59,12 @@ class Entry:
         self.tokens += message.tokens[known - message.start :][: self.max_tokens - known]
         self.finish, self.error = message.finish, message.error
         if not self.finish and len(self.tokens) == self.max_tokens:
-            self.finish = "length"
+            self.finish = Finish.LENGTH
         return len(self.tokens) - known
 
     def fail(self, reason: str) -> None:
         """End the request with an error."""
-        self.finish, self.error = "error", reason
+        self.finish, self.error = Finish.ERROR, reason
 
 
 class Journal:

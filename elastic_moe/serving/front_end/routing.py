@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from typing import NamedTuple
 
-SILENT = "silent"
-"""Phase of a rank that has not reported for `STATUS_MAX_AGE_S`, or never."""
+from elastic_moe.serving.protocol import Phase
+
 STATUS_MAX_AGE_S = 5.0
 """An engine reports once a second: after five missed reports it gets no new requests."""
 
@@ -13,15 +13,14 @@ class RankLoad(NamedTuple):
     """What is known of one rank when a request is placed."""
 
     rank: int
-    phase: str
-    """The engine's own word (`loading`, `serving`, `stopping`), or `silent`."""
+    phase: Phase
     load: int
     """Requests running and waiting there, with those given to it since it reported."""
 
     @property
     def healthy(self) -> bool:
         """Whether the rank can be given requests."""
-        return self.phase == "serving"
+        return self.phase is Phase.SERVING
 
 
 def choose_rank(ranks: Iterable[RankLoad]) -> int | None:
