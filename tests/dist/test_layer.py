@@ -123,7 +123,7 @@ def forward_with_none(launch, redundant):
     layer.experts.register_forward_pre_hook(lambda _, arguments: came.append(len(arguments[0])))
     with torch.no_grad():
         result = layer(*with_none(launch.rank))
-    return result, sum(came), torch.from_numpy(runtime.load_counter.read()[0])
+    return result, sum(came), torch.from_numpy(runtime.pool.loads.read()[0])
 
 
 @pytest.mark.parametrize(("world_size", "redundant"), [(1, 0), (2, 0), (3, 2)])

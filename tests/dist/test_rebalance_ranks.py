@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from elastic_moe.config import EplbConfig
 from elastic_moe.control import rebalancer
 from elastic_moe.control.rebalance import load_balancer
-from elastic_moe.group.groups import Group
+from elastic_moe.group.process_group import Group
 from elastic_moe.integrations.transformers import elasticize, meta_model
 from elastic_moe.runtime import ElasticRuntime
 from elastic_moe.weights.digest import digest
@@ -64,7 +64,7 @@ def serve(launch, folder, mode, rounds, layers_per_chunk=1):
     placements, exchanges = [], spy_on_exchanges(runtime)
     runtime.on_placement_changed.append(placements.append)
     model = elasticize(meta_model(folder, torch.float32), runtime, checkpoint=folder, redundant_slots=1)
-    placements.append(runtime.registry.placement)
+    placements.append(runtime.pool.placement)
     logits, reports, step = {}, [], 0
     with torch.no_grad():
         for number in range(rounds):

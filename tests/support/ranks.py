@@ -77,15 +77,17 @@ class Ranks:
             codes[rank] = process.exitcode
         return codes
 
-    def kill(self) -> None:
-        """End whoever still runs, its stacks in its log."""
+    def kill(self) -> dict[int, int]:
+        """End whoever still runs, its stacks in its log. Their exit codes: -9, unless they ended by themselves."""
         for process in self._running.values():
             os.kill(process.pid or 0, signal.SIGUSR1)
         for process in self._running.values():
             process.join(1.0)
             process.kill()
             process.join()
+        codes = {rank: process.exitcode or 0 for rank, process in self._running.items()}
         self._running.clear()
+        return codes
 
     def logs(self) -> str:
         """The end of what each rank has said."""
@@ -119,7 +121,7 @@ def run_ranks(
             codes: dict[int, int] = {}
             while len(codes) < world_size and time.monotonic() < deadline:
                 codes |= ranks.wait(deadline - time.monotonic())
-            ranks.kill()
+            codes |= ranks.kill()
             assert codes == wanted, f"ranks ended with {codes}, wanted {wanted}"
         return [torch.load(result, weights_only=False) if result.exists() else None for result in results]
 
