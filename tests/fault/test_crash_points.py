@@ -101,13 +101,6 @@ def check(logits: dict, ends: list[dict], reference: dict) -> None:
         assert np.array_equal(end["digests"], ends[0]["digests"])
 
 
-def test_a_newcomer_takes_its_weights_from_its_peers(tmp_path: Path, checkpoint: Path, reference):
-    """Of its 66 kB 42 are dense: what is told rounds to 0.1 MB only if experts came too."""
-    logits, ends = run_cluster(tmp_path, checkpoint, [FIRST], redundant_slots=0)
-    check(logits, ends, reference)
-    assert "weights: 0.1 MB from peers, 0.0 MB from disk" in (tmp_path / "log-3").read_text()
-
-
 def test_wrong_weights_of_peers_are_refused_and_read_from_disk(tmp_path: Path, checkpoint: Path, reference):
     lies = [Death(rank, "gives wrong weights") for rank in range(3)]
     logits, ends = run_cluster(tmp_path, checkpoint, [FIRST, *lies], redundant_slots=1)
