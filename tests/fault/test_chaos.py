@@ -96,7 +96,7 @@ def a_round(lost: list[int], answer: Answer, kind: str = "kill", rejected: int =
         "rejected": rejected,
     }  # fmt: skip
     reports = tuple({"rank": rank, "report": report} for rank in (0, 1))
-    return Round(Fault(kind, (2,), 0.5, 0.0), 10.0, True, (answer,), reports, 3.0, "", 0.05)
+    return Round(Fault(kind, (2,), 0.5, 0.0), 10.0, True, reports, 3.0, "", answers=(answer,), client_lag_s=0.05)
 
 
 def test_the_summary():
