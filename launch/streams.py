@@ -74,6 +74,20 @@ class Answer:
     """Wall-clock time of each piece of text."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Streamed:
+    """What came of a load."""
+
+    answers: tuple[Answer, ...]
+    client_lag_s: float = 0.0
+    """See `Load.lag_s`."""
+
+    @property
+    def gaps_ms(self) -> list[float]:
+        """Milliseconds between each two pieces of each stream."""
+        return [gap * 1e3 for gap in gaps_s(self.answers)]
+
+
 def make_asks(seed: int, count: int) -> list[Ask]:
     """`count` requests, every other one greedy, as a function of the seed."""
     rng = random.Random(f"load {seed}")

@@ -113,7 +113,8 @@ async def _measure(target: Target, domains: Sequence[Sequence[Ask]]) -> Window:
     ]
     answers = (*first.answers, *second.answers)
     lag_s = max(first.lag_s, second.lag_s)
-    return Window(began_at, shifted_at, ended_at, answers, tuple(moved), _max_mean(status, loads), lag_s)
+    max_mean = _max_mean(status, loads)
+    return Window(began_at, shifted_at, ended_at, tuple(moved), max_mean, answers=answers, client_lag_s=lag_s)
 
 
 async def _stream(target: Target, asks: Sequence[Ask]) -> Load:

@@ -6,7 +6,7 @@ from statistics import median
 from typing import Any
 
 from launch.figures import percentile
-from launch.streams import Answer, gaps_s
+from launch.streams import Streamed
 
 MODES = ("off", "sync", "async")
 CLAIM = 1.05
@@ -18,21 +18,18 @@ BIN_S = 0.25
 
 
 @dataclass(frozen=True)
-class Window:
+class Window(Streamed):
     """One server's one round: streams of one domain to their end, then streams of another. Times are wall-clock."""
 
     began_at: float
     shifted_at: float
     """The first request of the second domain was sent."""
     ended_at: float
-    answers: tuple[Answer, ...]
     reports: tuple[Mapping[str, Any], ...]
     """Of the balancer's rounds that moved something in this time, oldest first."""
     max_mean: float
     """Load of the fullest rank over the mean at the end, averaged over the layers: the placement of then, under the
     loads of the balancer's window of then."""
-    client_lag_s: float = 0.0
-    """See `Load.lag_s`."""
 
     @property
     def tokens_per_s(self) -> float:
@@ -41,8 +38,8 @@ class Window:
 
     def itl_ms(self) -> dict[str, float]:
         """Milliseconds between two pieces of a stream, over all streams."""
-        gaps = gaps_s(self.answers)
-        return {"p50": _ms(gaps, 50), "p99": _ms(gaps, 99), "max": _ms(gaps, 100)}
+        gaps = self.gaps_ms
+        return {name: round(percentile(gaps, at) or 0.0, 1) for name, at in {"p50": 50, "p99": 99, "max": 100}.items()}
 
     def seconds_to_balance(self, threshold: float) -> float | None:
         """From the shift of the domain to the end of the last round of the balancer that found max/mean over
@@ -129,7 +126,3 @@ def verdict(ratios: Sequence[float]) -> str:
 
 def _ratios(values: Sequence[float], bases: Sequence[float]) -> list[float]:
     return [value / base for value, base in zip(values, bases, strict=True)]
-
-
-def _ms(gaps: Sequence[float], percent: float) -> float:
-    return round((percentile(gaps, percent) or 0.0) * 1e3, 1)

@@ -9,7 +9,7 @@ from typing import Any
 from launch.faults.kinds import Fault
 from launch.faults.verdict import Verdict, compare
 from launch.figures import percentile
-from launch.streams import Answer, gaps_s
+from launch.streams import Answer, Streamed
 
 KILLS = ("kill", "kill_two", "kill_in_recovery", "corrupt")
 """Kinds whose victims die at once."""
@@ -17,7 +17,7 @@ PHASES = ("detect", "view", "groups", "repair", "commit", "repeat")
 
 
 @dataclass(frozen=True)
-class Round:
+class Round(Streamed):
     """One fault and what came of it."""
 
     fault: Fault
@@ -25,15 +25,12 @@ class Round:
     """Wall-clock time of the first signal; 0 when none was sent."""
     fired: bool
     """All victims got the signal and died."""
-    answers: tuple[Answer, ...]
     reports: tuple[Mapping[str, Any], ...]
     """The events of /elastic/events since the round's start: `rank` and `report`."""
     healed_s: float | None
     """Until all ranks served again, from the signal; None: not in time."""
     placement_fault: str
     """What is wrong with the placements of the healed group; empty: nothing."""
-    client_lag_s: float
-    """See `Load.lag_s`."""
 
     @property
     def counted(self) -> bool:
@@ -108,7 +105,7 @@ def summary(rounds: Sequence[Round], wanted: Sequence[Answer], planned: int) -> 
     kinds = sorted({one.fault.kind for one in rounds})
     judged = [(one.fault.kind, compare(w, a)) for one in rounds for w, a in zip(wanted, one.answers, strict=True)]
     verdicts = Counter(verdict for _, verdict in judged)
-    gaps = [gap * 1e3 for one in rounds for gap in gaps_s(one.answers)]
+    gaps = [gap for one in rounds for gap in one.gaps_ms]
     phases: dict[str, list[float]] = {phase: [] for phase in PHASES}
     for one in rounds:
         for phase, values in phases_ms(one).items():
@@ -135,7 +132,7 @@ def summary(rounds: Sequence[Round], wanted: Sequence[Answer], planned: int) -> 
         "placements_wrong": sum(bool(one.placement_fault) for one in rounds),
         "gap_ms": _spread_and_max(gaps),
         "gap_ms_by_kind": {
-            kind: _spread_and_max([g * 1e3 for one in rounds if one.fault.kind == kind for g in gaps_s(one.answers)])
+            kind: _spread_and_max([gap for one in rounds if one.fault.kind == kind for gap in one.gaps_ms])
             for kind in kinds
         },
         "client_lag_ms": _rounded(max((one.client_lag_s * 1e3 for one in rounds), default=None)),

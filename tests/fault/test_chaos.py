@@ -99,7 +99,7 @@ def a_round(
         "rejected": rejected,
     }  # fmt: skip
     reports = tuple({"rank": rank, "report": report} for rank in (0, 1))
-    return Round(Fault(kind, ranks, 0.5, 0.0), 10.0, True, (answer,), reports, 3.0, "", 0.05)
+    return Round(Fault(kind, ranks, 0.5, 0.0), 10.0, True, reports, 3.0, "", answers=(answer,), client_lag_s=0.05)
 
 
 def test_the_summary():

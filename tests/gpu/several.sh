@@ -17,9 +17,7 @@ bench() { # name of the file, seconds, what launch/bench.py is told
 }
 
 timeout 150 "$python" -m pytest -q -m gpu tests/gpu/test_symmetric.py tests/gpu/test_graphs.py
-timeout 120 "$python" launch/benchmarks/exchange.py "ranks=$gpus" hidden=4096,7168 tokens=1,16,64,256,4096 \
-    >"$out/exchange.jsonl" 2>"$out/exchange.jsonl.err"
-cut -c1-400 "$out/exchange.jsonl"
+bench exchange 120 bench=exchange "bench.rank_list=$gpus" bench.hidden_list=4096,7168 bench.token_list=1,16,64,256,4096
 bench serve_small 300 bench=gpu_serve "bench.rank_list=1,$gpus" bench.stream_list=1,32,256
 bench recovery_demo 400 bench=gpu_recovery "bench.ranks=$gpus" bench.dtype=float32
 bench recovery_experts 400 bench=gpu_recovery "bench.ranks=$gpus" bench.model=random bench.redundant_slots=0

@@ -27,7 +27,7 @@ def moved(at, before, after, bound=100, **sources):
 
 
 def window(gaps_ms=(100,) * 99, reports=(), text="same"):
-    return Window(1000.0, 1010.0, 1020.0, (answer(gaps_ms, text),), tuple(reports), 1.25)
+    return Window(1000.0, 1010.0, 1020.0, tuple(reports), 1.25, answers=(answer(gaps_ms, text),))
 
 
 def test_seconds_to_balance_are_those_to_the_last_round_that_crossed_the_threshold():
