@@ -181,18 +181,29 @@ def from_peers(fault: str, until: Until | None) -> Ran:
             server.close()
 
 
-def together(fault: str, rank_0: Callable[[WireGroup], None], rank_1: Callable[[WireGroup], Ran], parcel: int) -> Ran:
-    """Both ranks of a group, each in a thread; the fault comes upon the parcel `parcel`, the second expert's first."""
-    wires = Wires(2)
+def together(
+    fault: str, others: Callable[[Any], object], last: Callable[[Any], Any], parcel: int, size: int = 2
+) -> Any:
+    """All ranks of a group, each in a thread; the fault comes upon the parcel `parcel`, the second expert's first.
+
+    Returns what the last one does.
+    """
+    wires = Wires(size)
     wires.spoilt = {parcel} if fault == "corrupt" else set()
     wires.counted = 0
     wires.dies_at = parcel if fault == "dies" else None
-    with ThreadPoolExecutor(2) as pool:
-        other = pool.submit(lambda: (time.sleep(0.1 if fault == "late" else 0.0), rank_0(WireGroup(wires, 0))))
+
+    def late(rank: int) -> object:
+        time.sleep(0.1 if fault == "late" else 0.0)
+        return others(WireGroup(wires, rank))
+
+    with ThreadPoolExecutor(size) as pool:
+        running = [pool.submit(late, rank) for rank in range(size - 1)]
         try:
-            return pool.submit(rank_1, WireGroup(wires, 1)).result()
+            return pool.submit(last, WireGroup(wires, size - 1)).result()
         finally:
-            other.exception()
+            for other in running:
+                other.exception()
 
 
 def from_other_disks(fault: str, until: Until | None) -> Ran:
