@@ -1,7 +1,9 @@
 """Weights from a running member, over real sockets in one process; and whose digests count."""
 
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -109,6 +111,54 @@ def test_garbage_does_not_end_the_server(server, peers):
         for frames in ([b""], [b"\xff"], [b"a", b"b"]):
             stranger.send_multipart(frames)
     assert peers.dense("norm", torch.empty(4).bfloat16())
+
+
+def test_a_server_that_nobody_asks_for_a_while_still_answers(monkeypatch, store):
+    monkeypatch.setattr(module, "POLL_MS", 5)
+    server, looked = WeightServer("127.0.0.1"), threading.Event()
+    poll, calls = server._router.poll, []
+
+    def counted(timeout: int) -> int:
+        calls.append(timeout)
+        if len(calls) == 3:
+            looked.set()
+        return poll(timeout)
+
+    monkeypatch.setattr(server._router, "poll", counted, raising=False)
+    server.start(DENSE, store)
+    assert looked.wait(5), "it gave up after the first look"
+    peers = Peers([member(0, server.address)], node=1, deadlines=Deadlines())
+    mine, account = ExpertStore([Layer(), Layer()]), Account()
+    fill([Want(0, 3, 0)], mine, [peers], account)
+    assert account.num_bytes == {"remote": 40}, "it is on another node"
+    peers.close()
+    server.close()
+
+
+def test_members_are_asked_in_turn(store):
+    """Each request goes to another one first, so that a newcomer loads all of them alike."""
+    servers = [WeightServer("127.0.0.1") for _ in range(2)]
+    asked: list[int] = []
+    for number, server in enumerate(servers):
+        receive = server._router.recv_multipart
+
+        def told(number: int = number, receive=receive) -> list[bytes]:
+            asked.append(number)
+            return receive()
+
+        server._router = SimpleNamespace(
+            poll=server._router.poll, recv_multipart=told, send_multipart=server._router.send_multipart,
+            close=server._router.close,
+        )  # fmt: skip
+        server.start(DENSE, store)
+    peers = Peers([member(n, server.address) for n, server in enumerate(servers)], node=0, deadlines=Deadlines())
+    greeted, asked[:] = sorted(asked), []
+    for _ in range(4):
+        assert peers.dense("norm", torch.empty(4).bfloat16())
+    assert (greeted, sorted(asked)) == ([0, 1], [0, 0, 1, 1])
+    peers.close()
+    for server in servers:
+        server.close()
 
 
 def test_nobody_answers():

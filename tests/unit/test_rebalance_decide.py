@@ -50,6 +50,12 @@ def test_over_the_threshold_it_moves():
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(decision), type=Decision) == decision
 
 
+def test_what_is_expected_afterwards_need_not_be_perfect_and_experts_may_have_no_tokens():
+    decision = decided([[9.0, 3.0, 0.0, 0.0]] * 2)
+    assert decision.max_mean == pytest.approx(2.0)
+    assert decision.max_mean_after == pytest.approx(1.5)
+
+
 def test_within_the_threshold_it_stays_unless_asked():
     kept = decided(UNEVEN, threshold=1.5)
     assert (kept.slots, kept.max_mean_after) == (b"", kept.max_mean)
