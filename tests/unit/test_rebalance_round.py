@@ -37,9 +37,8 @@ def weights(layer: int, expert: int) -> torch.Tensor:
 class Layer:
     """What a store needs of SlotExperts."""
 
-    layout = SimpleNamespace(num_experts=EXPERTS, num_bytes=24)
-
-    def __init__(self, layer: int, experts: list[int]) -> None:
+    def __init__(self, layer: int, experts: list[int], expert_bytes: int) -> None:
+        self.layout = SimpleNamespace(num_experts=EXPERTS, num_bytes=expert_bytes)
         self.slots = torch.stack([weights(layer, expert) for expert in experts])
 
     def slot_tensors(self, slot: int) -> list[torch.Tensor]:
@@ -49,24 +48,28 @@ class Layer:
 class Rank:
     """One rank, from the placement in order."""
 
-    def __init__(self, rank: int, wires: Wires, *, disk_is_right: bool, layers_per_chunk: int) -> None:
+    def __init__(self, rank: int, wires: Wires, *, disk_is_right: bool, expert_bytes: int, **settings: Any) -> None:
         self.rank, self.disk_is_right = rank, disk_is_right
         self.disk_reads: list[tuple[int, int]] = []
         self.committed: list[Placement] = []
+        self.pauses = 0
         placement = Placement(np.tile(np.arange(EXPERTS), (LAYERS, 1)), EXPERTS, SLOTS, version=1, epoch=VIEW.epoch)
         self.registry = PlacementRegistry(placement, rank, Topology.uniform(RANKS), torch.device("cpu"))
         held = placement.of_rank(rank)
-        layers: Any = [Layer(layer, held[layer].tolist()) for layer in range(LAYERS)]
+        layers: Any = [Layer(layer, held[layer].tolist(), expert_bytes) for layer in range(LAYERS)]
         self.store = ExpertStore(layers, held)
         self.store.digests = np.array(
             [[digest([weights(layer, expert)]) for expert in range(EXPERTS)] for layer in range(LAYERS)]
         )
         group: Any = WireGroup(wires, rank)
-        config = EplbConfig(mode="async", layers_per_chunk=layers_per_chunk)
+        config = EplbConfig(mode="async", **settings)
         self.round = Round(
             VIEW, rank, group, self.registry, self.store, Disk(self.read), config, GroupStaging(),
-            swap=lambda act: act(), pause=lambda: None, committed=self.committed.append,
+            swap=lambda act: act(), pause=self.pause, committed=self.committed.append,
         )  # fmt: skip
+
+    def pause(self) -> None:
+        self.pauses += 1
 
     def read(self, layer: int, expert: int, out: Any) -> int:
         self.disk_reads.append((layer, expert))
@@ -88,11 +91,12 @@ def compiled():
     load_balancer()
 
 
-def run_round(*, spoilt=(), disk_is_right=True, layers_per_chunk=LAYERS, loads=LOADS):
+def run_round(*, spoilt=(), disk_is_right=True, loads=LOADS, expert_bytes=24, layers_per_chunk=LAYERS, **settings):
     """Both ranks, and their reports."""
     wires = Wires(RANKS)
     wires.spoilt = set(spoilt)
-    ranks = [Rank(rank, wires, disk_is_right=disk_is_right, layers_per_chunk=layers_per_chunk) for rank in range(RANKS)]
+    settings |= {"disk_is_right": disk_is_right, "expert_bytes": expert_bytes, "layers_per_chunk": layers_per_chunk}
+    ranks = [Rank(rank, wires, **settings) for rank in range(RANKS)]
     with ThreadPoolExecutor(RANKS) as pool:
         rounds = [pool.submit(rank.round.run, 4, loads, (f"op{rank.rank}",), asked=False) for rank in ranks]
         reports = [one.result(6 * WAIT_S) for one in rounds]
@@ -122,6 +126,18 @@ def test_chunks_are_committed_one_after_the_other():
     assert [report.num_chunks for report in reports] == [2, 2]
     assert [[placement.version for placement in rank.committed] for rank in ranks] == [[2, 3], [2, 3]]
     assert [report.version for report in reports] == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("staging_mb", "mb_per_step", "num_chunks", "pauses"),
+    [(2, 2.0, 1, 0), (2, 1.0, 1, 1), (1, 2.0, 2, 0), (1, 0.001, 2, 0)],
+)
+def test_budgets_in_megabytes_are_kept(staging_mb: int, mb_per_step: float, num_chunks: int, pauses: int):
+    """Experts of one megabyte, of which each rank gets two: so many wait at once, so many travel during a step."""
+    ranks, reports = run_round(expert_bytes=1_000_000, staging_mb=staging_mb, mb_per_step=mb_per_step)
+    assert {report.num_chunks for report in reports} == {num_chunks}
+    assert {rank.pauses for rank in ranks} == {pauses}
+    assert {report.bytes_lower_bound for report in reports} == {4_000_000}
 
 
 def test_what_came_with_a_wrong_digest_is_read_from_disk():
