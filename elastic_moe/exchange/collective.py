@@ -48,6 +48,7 @@ class CollectiveExchange(TokenExchange):
         to_send = per_slot[:-1].view(-1, self._slots_per_rank)[self._members]
         counts = torch.empty_like(to_send)
         self._group.all_to_all(counts, to_send)
+        self._group.confirm()  # the counts: the host is about to believe them
         num_empty = (flat == EMPTY).sum(0, keepdim=True)
         *splits, empty = torch.cat((to_send.sum(1), counts.sum(1), num_empty)).tolist()
         sent, received = splits[: len(to_send)], splits[len(to_send) :]
@@ -70,6 +71,10 @@ class CollectiveExchange(TokenExchange):
         back = _AllToAll.apply(as_received, self._group, ticket.received, ticket.sent)
         results = back.new_zeros((ticket.num_tokens * ticket.top_k, back.shape[1])).index_copy(0, ticket.order, back)
         return results.view(ticket.num_tokens, ticket.top_k, back.shape[1])
+
+    def check(self) -> None:
+        """See `TokenExchange.check`: on a GPU nothing has raised yet."""
+        self._group.confirm()
 
     def _refuse(self, slots: torch.Tensor) -> None:
         owners = torch.div(slots, self._slots_per_rank, rounding_mode="floor")

@@ -132,9 +132,9 @@ class EpochGroups:
 
     def _group(self, make: MakeBackend, name: str, store: EpochStore, build_s: float, timeout_s: float) -> Group:
         own = dist.PrefixStore(f"elastic_moe/{self.epoch}/{self._view.digest}/{name}", store)
-        backend, abort = make(own, self._view, self._rank, timedelta(seconds=build_s))
-        backend._set_default_timeout(timedelta(seconds=timeout_s))
-        return Group(backend, abort, store, name, self.epoch, timeout_s)
+        made = make(own, self._view, self._rank, timedelta(seconds=build_s))
+        made.group._set_default_timeout(timedelta(seconds=timeout_s))
+        return Group(made, store, name, self.epoch, timeout_s)
 
     def _fail(self, reason: str) -> None:
         with contextlib.suppress(InvalidStateError):  # they are built, or have failed before

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from elastic_moe.background import end_process, start_thread
 from elastic_moe.errors import PeerLost
+from elastic_moe.group.backends import Backend
 from elastic_moe.group.epoch_store import EpochStore
 
 Parcel = tuple[torch.Tensor, int, int]
@@ -25,22 +26,24 @@ TURN_S = 0.05
 """How long a rank may stay in a call after it has left the group, at the most."""
 BURY_S = 10.0
 """How long an aborted group is held: longer than `TURN_S`, so that no call is left in it when it is destroyed."""
-_NCCL = getattr(dist, "ProcessGroupNCCL", ())
-"""Its works are done when they are queued, and its abort does free who waits."""
 
 
 class Group:
-    """One process group with a deadline on every call and errors that say what broke off."""
+    """One process group with a deadline on every call and errors that say what broke off.
 
-    def __init__(
-        self, backend: Any, abort: Callable[[Any], None], store: EpochStore, name: str, epoch: int, timeout_s: float
-    ) -> None:
-        """`abort(backend)` breaks off every call in flight, from another thread, and makes later ones fail. `store` is
-        that of the backend, to be held as long as it."""
+    No value that a call brought may be believed before it is known that the call ended in a live group: what an abort
+    breaks off may look finished, and leaves anything in its buffers. A call of gloo that returns has ended so. Of NCCL
+    it is only queued: whoever looks at its values from the host calls `confirm` first.
+    """
+
+    def __init__(self, made: Backend, store: EpochStore, name: str, epoch: int, timeout_s: float) -> None:
+        """`store` is that of the backend, to be held as long as it."""
+        backend = made.group
         self._backend = backend
         self._store = store
-        self._abort = abort
-        self.on_cpu = not isinstance(backend, _NCCL)
+        self._abort = made.abort
+        self._record = made.record
+        self.on_cpu = made.record is None
         """Whether it takes tensors in host memory (gloo), and not those of a GPU (NCCL)."""
         self._name = name
         self._epoch = epoch
@@ -60,7 +63,8 @@ class Group:
         out_splits: list[int] | None = None,
         in_splits: list[int] | None = None,
     ) -> None:
-        """Exchange the rows of `rows` with all peers into `out`; splits are rows per group rank (None: equal).
+        """Exchange the rows of `rows` with all peers into `out`; splits are rows per group rank (None: equal). On a GPU
+        it is queued only, see `confirm`.
 
         Raises:
             PeerLost: a peer died, left, or missed the deadline.
@@ -135,6 +139,27 @@ class Group:
             works += [self._backend.recv([tensor], peer, tag) for tensor, peer, tag in receives]
         return Posted(self, works)
 
+    def confirm(self) -> None:
+        """Wait for the calls that this thread has queued on its GPU stream, and know that they ended in a live group.
+
+        Raises:
+            PeerLost: they did not, or missed the deadline: what they brought is garbage.
+        """
+        if self._record is None or self.size == 1:
+            return
+        self.waiting, begin = True, time.monotonic()
+        try:
+            with self._told_as_lost("a queued call", begin):
+                is_over = self._record()
+                while not is_over():
+                    self._refuse_if_aborted()
+                    if time.monotonic() - begin > self.timeout_s:
+                        raise RuntimeError("it does not end")
+                    time.sleep(0)
+                self._refuse_if_aborted()  # an abort says so before it breaks anything off
+        finally:
+            self.waiting = False
+
     def barrier(self) -> None:
         """Wait for all ranks.
 
@@ -180,6 +205,7 @@ class Group:
                 while not self._is_done(work):
                     self._refuse_if_aborted()
                 work.wait()
+                self._refuse_if_aborted()
         finally:
             self.waiting = False
 
@@ -232,6 +258,8 @@ class Posted:
             with group._told_as_lost("exchange", time.monotonic()):
                 for work in self._works:
                     work.wait()
+                group._refuse_if_aborted()
+            group.confirm()
         finally:
             group.waiting = False
 

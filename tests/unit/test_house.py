@@ -34,8 +34,15 @@ WALLS = {
 }
 """Beside the order of rooms: who imports nothing of whom."""
 
-ENVIRONMENT = ("launch/", "examples/", "elastic_moe/supervise.py", "elastic_moe/supervision/supervisor.py")
-"""Programs and the door read it, and a supervisor hands its own on to its children."""
+ENVIRONMENT = (
+    "launch/",
+    "examples/",
+    "elastic_moe/supervise.py",
+    "elastic_moe/supervision/supervisor.py",
+    "elastic_moe/group/backends.py",
+)
+"""Programs and the door read it, a supervisor hands its own on to its children, and NCCL is told things in no other
+way."""
 
 LIGHTHOUSE = "elastic_moe.supervision.lighthouse"
 """A process of its own, and torchft's library loads torch."""
