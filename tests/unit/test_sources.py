@@ -57,6 +57,11 @@ class Layer:
     def slot_tensors(self, slot: int) -> list[torch.Tensor]:
         return [self.first[slot], self.second[slot]]
 
+    def grow(self, num_slots: int) -> None:
+        self.first, self.second = (
+            torch.cat([old, old.new_zeros(num_slots - len(old), old.shape[1])]) for old in (self.first, self.second)
+        )
+
 
 def make_store(held: Sequence[int] = (), *, knows_digests: bool = True) -> ExpertStore:
     """With the experts `held` in its slots, in every layer."""
