@@ -23,6 +23,7 @@ import httpx
 import psutil
 
 from launch.config import REPO
+from launch.network import Network
 
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 20.0
@@ -41,11 +42,10 @@ def torchrun(ranks: int, *options: str) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", *where, "--nproc-per-node", str(ranks)]
 
 
-def two_nodes(ranks_per_node: int) -> list[list[str]]:
-    """The two commands of a launch over two nodes, both on this host."""
-    port = str(free_port())
-    where = ("--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", port)
-    return [torchrun(ranks_per_node, *where, "--node-rank", str(node)) for node in range(2)]
+def several_nodes(nodes: int, ranks_per_node: int, address: str = "127.0.0.1") -> list[list[str]]:
+    """The commands of a launch over several nodes, whose first is at `address`; by default all are on this host."""
+    where = ("--nnodes", str(nodes), "--master-addr", address, "--master-port", str(free_port()))
+    return [torchrun(ranks_per_node, *where, "--node-rank", str(node)) for node in range(nodes)]
 
 
 def free_port() -> int:
@@ -134,31 +134,38 @@ class Node:
 
 
 class OwnServer:
-    """A server on this machine, of one node or two. A context manager: leaving it ends all processes in any case."""
+    """A server on this machine, of one node or several. A context manager: leaving it ends all processes in any
+    case."""
 
-    def __init__(self, ranks: int, nodes: int, overrides: Sequence[str], model: str = "") -> None:
+    def __init__(
+        self, ranks: int, nodes: int, overrides: Sequence[str], model: str = "", network: Network | None = None
+    ) -> None:
         """Start it, without waiting.
 
         Args:
             ranks: of all nodes.
-            nodes: 1 or 2.
+            nodes: how many commands.
             overrides: what launch/serve.py is told.
             model: a checkpoint folder of which the last node gets a copy of its own, as on a disk that can go bad
                 alone; empty: all nodes read the same.
+            network: each node is a host of it; None: all are this host.
         """
         self.folder = Path(tempfile.mkdtemp(prefix="serve-"))
         """What the server says is here."""
         self.disk = self.folder / "model" if model else None
         """The last node's copy."""
-        own_disk: list[str] = []
         if self.disk is not None:
             shutil.copytree(model, self.disk)
-            own_disk = [f"model.path={self.disk}"]
-        launchers = [torchrun(ranks)] if nodes == 1 else two_nodes(ranks // nodes)
-        self.nodes = [
-            Node(launcher, *overrides, *(own_disk if number == nodes - 1 else ()), said=self.folder / f"node{number}")
-            for number, launcher in enumerate(launchers)
-        ]
+        launchers = [torchrun(ranks)]
+        if nodes > 1:
+            launchers = several_nodes(nodes, ranks // nodes, network.address(0) if network else "127.0.0.1")
+        self.nodes = []
+        for number, launcher in enumerate(launchers):
+            own = [f"model.path={self.disk}"] if self.disk is not None and number == nodes - 1 else []
+            if network is not None:
+                launcher = [*network.command(number), *launcher]
+                own.append(f"server.host={network.address(number)}")
+            self.nodes.append(Node(launcher, *overrides, *own, said=self.folder / f"node{number}"))
 
     def __enter__(self) -> "OwnServer":
         return self

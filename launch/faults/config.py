@@ -7,11 +7,16 @@ from typing import Any
 from elastic_moe.config import ServeConfig, check, describe, setting
 from launch.config import load
 
-KINDS = ("kill", "stop", "term", "kill_two", "kill_in_recovery", "corrupt", "kill_node", "calm")
-PAIRS = ("kill_two", "kill_in_recovery")
+KINDS = (
+    *("kill", "stop", "hang", "term", "kill_two", "kill_in_recovery"),
+    *("corrupt", "kill_node", "cut", "partition", "slow", "calm"),
+)
+PAIRS = ("kill_two", "kill_in_recovery", "cut")
 """Kinds with two victims."""
-OF_NODES = ("corrupt", "kill_node")
-"""Kinds that need two nodes started here."""
+MIN_NODES = {"corrupt": 2, "kill_node": 2, "partition": 2, "cut": 3}
+"""Kinds that need so many nodes started here."""
+OF_NETWORK = ("cut", "partition")
+"""Kinds that need nodes with a network of their own."""
 OF_KIND = f"must be a comma list of {', '.join(KINDS)}"
 
 
@@ -25,7 +30,7 @@ class ChaosConfig:
     requests: int = setting(24, "streams that run at once in each round")
     url: str = setting("", "drive this running server, on this machine; empty: start one")
     ranks: int = setting(4, "ranks of the server to start, over all its nodes")
-    nodes: int = setting(1, "1, or 2: two torchrun commands on this machine")
+    nodes: int = setting(1, "torchrun commands on this machine, each with as many ranks")
     max_gap_ms: float | None = setting(None, "longest wait of a stream allowed where processes were killed; null: any")
     rejoin_timeout_s: float = setting(60.0, "how long all ranks may take to serve again after a fault, in seconds")
 
@@ -36,20 +41,21 @@ class ChaosConfig:
     def validate(self) -> None:
         """Raise ValueError, naming the key and what is allowed, when a value cannot work."""
         kinds, ranks, gap = self.kind_names(), self.ranks, self.max_gap_ms
-        of_nodes = [kind for kind in kinds if kind in OF_NODES]
+        of_nodes = [kind for kind in kinds if kind in MIN_NODES]
+        wanted = max((MIN_NODES[kind] for kind in of_nodes), default=1)
         few = ranks < 3 and any(kind in PAIRS for kind in kinds)
         for ok, key, allowed in (
             (bool(kinds) and set(kinds) <= set(KINDS), "kinds", OF_KIND),
             (self.faults >= 1, "faults", "must be 1 or more"),
             (self.requests >= 1, "requests", "must be 1 or more"),
-            (self.nodes in (1, 2), "nodes", "must be 1 or 2"),
-            (ranks >= 2 and ranks % max(1, self.nodes) == 0, "ranks", "must be 2 or more, equal by node"),
+            (self.nodes >= 1 and ranks % max(1, self.nodes) == 0, "nodes", "must be 1 or more, and divide chaos.ranks"),
+            (ranks >= 2, "ranks", "must be 2 or more"),
             (not few, "ranks", f"must be 3 or more for {' and '.join(PAIRS)}: one has to survive"),
             (not self.url or self.url.startswith("http://"), "url", "must be empty, or http://HOST:PORT"),
             (
-                not of_nodes or (self.nodes == 2 and not self.url),
+                not of_nodes or (self.nodes >= wanted and not self.url),
                 "kinds",
-                f"{' and '.join(of_nodes)} needs chaos.nodes=2 and no url",
+                f"{' and '.join(of_nodes)} needs chaos.nodes={wanted} or more, and no url",
             ),
             (gap is None or gap > 0, "max_gap_ms", "must be null, or more than 0 ms"),
             (self.rejoin_timeout_s > 0, "rejoin_timeout_s", "must be more than 0 seconds"),

@@ -12,11 +12,12 @@ import httpx
 import psutil
 from rich.console import Console
 
-from launch.faults.config import ChaosConfig, ChaosRunConfig, server_overrides
+from launch.faults.config import OF_NETWORK, ChaosConfig, ChaosRunConfig, server_overrides
 from launch.faults.disk import flip_experts
-from launch.faults.kinds import Fault, Fired, fire, schedule
+from launch.faults.kinds import LASTS_S, Cuts, Fault, Fired, fire, schedule
 from launch.faults.progress import largest, tell
 from launch.faults.summary import Round, is_good, placement_fault, summary
+from launch.network import Network
 from launch.server import POLL_S, START_TIMEOUT_S, OwnServer, ServerFailed, Target
 from launch.streams import Answer, Load, make_asks
 
@@ -25,12 +26,14 @@ def run(config: ChaosRunConfig, overrides: list[str]) -> int:
     """Start the server if none is given, break it, stop it, print the result: 0 when it is good, else 1."""
     chaos, console = config.chaos, Console(stderr=True, highlight=False)
     with ExitStack() as stack:
-        own = None
+        own = network = None
         if not chaos.url:
             model = config.model.path if "corrupt" in chaos.kind_names() else ""
             told = server_overrides(config, overrides)
-            own = stack.enter_context(OwnServer(chaos.ranks, chaos.nodes, told, model))
-        found = break_server(chaos, own, console)
+            if set(OF_NETWORK) & set(chaos.kind_names()):
+                network = stack.enter_context(Network(chaos.nodes))
+            own = stack.enter_context(OwnServer(chaos.ranks, chaos.nodes, told, model, network))
+        found = break_server(chaos, own, console, network)
     good = is_good(found, chaos.max_gap_ms or math.inf)
     if own is not None and good:
         own.forget_output()
@@ -40,23 +43,28 @@ def run(config: ChaosRunConfig, overrides: list[str]) -> int:
     return 0 if good else 1
 
 
-def break_server(config: ChaosConfig, own: OwnServer | None, console: Console) -> dict[str, Any]:
+def break_server(
+    config: ChaosConfig, own: OwnServer | None, console: Console, network: Network | None = None
+) -> dict[str, Any]:
     """All rounds; the summary.
 
     Args:
         config: which faults.
         own: the server, if it was started here: only then can a node be killed.
         console: where progress is told.
+        network: that of the server's nodes, if they are hosts of one.
 
     Raises:
         ServerFailed: the server does not come up, or fails undisturbed.
     """
-    return asyncio.run(_Chaos(config, own, console).run(own.url if own else config.url))
+    return asyncio.run(_Chaos(config, own, console, network).run(own.url if own else config.url))
 
 
 class _Chaos:
-    def __init__(self, config: ChaosConfig, own: OwnServer | None, console: Console) -> None:
+    def __init__(self, config: ChaosConfig, own: OwnServer | None, console: Console, network: Network | None) -> None:
         self._config = config
+        self._network = network
+        self._cuts: Cuts | None = None
         self._own = own
         self._console = console
 
@@ -70,6 +78,7 @@ class _Chaos:
         if status is None:
             raise ServerFailed(f"not all ranks serve at {target.url} after {START_TIMEOUT_S:.0f} s")
         nodes = [m["node"] for m in sorted(status["members"], key=lambda m: m["rank"])]
+        self._cuts = Cuts(self._network, nodes) if self._network else None
         self._console.print(f"{len(nodes)} ranks serve at {target.url} after {time.monotonic() - begin:.1f} s")
         config = self._config
         asks, model = make_asks(config.seed, config.requests), await target.model()
@@ -104,20 +113,22 @@ class _Chaos:
                 await asyncio.sleep(0.001)
             if disk:
                 await asyncio.to_thread(flip_experts, disk)
-            fired = Fired(0.0, ()) if running.done() else await fire(fault, engines, node)
+            fired = Fired(0.0, 0.0, ()) if running.done() else await fire(fault, engines, node, self._cuts)
             await running
-            victims = frozenset(engines[rank].pid for rank in fault.ranks) if fired.victims else frozenset()
+            victims = frozenset[int]()
+            if fired.victims and fault.kind not in LASTS_S:
+                victims = frozenset(engines[rank].pid for rank in fault.ranks)
             survivors = num_ranks - len(victims) if node else num_ranks
             status = await healed(target, survivors, victims, self._config.rejoin_timeout_s)
         finally:
             running.cancel()
             if disk:
                 await asyncio.to_thread(flip_experts, disk)
-        healed_s = time.time() - fired.at if status is not None else None
+        healed_s = time.time() - fired.over_at if status is not None else None
         return Round(
             fault=fault,
             at=fired.at,
-            fired=len(fired.victims) >= len(fault.ranks) and fired.died(),
+            fired=len(fired.victims) >= len(fault.ranks) and (fault.kind in LASTS_S or fired.died()),
             answers=tuple(disturbed.answers),
             reports=_since(await _events(target), before["epoch"]),
             healed_s=healed_s,

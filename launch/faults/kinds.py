@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 import psutil
 
-from launch.faults.config import PAIRS
+from launch.faults.config import OF_NETWORK, PAIRS
+from launch.faults.hang import hang_main_thread
+from launch.network import Network
 
 AFTER = (0.1, 0.7)
 """Fraction of the pieces of all answers that has arrived when a fault comes."""
@@ -18,6 +20,10 @@ DELAY_S = (0.03, 0.3)
 """From the first victim of kill_in_recovery to the second: as long as detection and recovery take."""
 SIGNALS = {"stop": signal.SIGSTOP, "term": signal.SIGTERM}
 """Of the kinds that do not send SIGKILL."""
+LASTS_S = {"cut": 6.0, "partition": 8.0, "slow": 3.0}
+"""Kinds that end by themselves, nobody being killed, and after how many seconds."""
+SLOW_S = (0.09, 0.01)
+"""A slow process stands still for the first, and runs for the second, again and again."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +43,11 @@ class Fired:
     """A fault that came."""
 
     at: float
-    """Wall-clock time of the first signal."""
+    """Wall-clock time of its begin."""
+    over_at: float
+    """Wall-clock time of its end: from then on all could be well again."""
     victims: tuple[psutil.Process, ...]
-    """Those that got the signal."""
+    """Those that it came to."""
 
     def died(self) -> bool:
         """Whether all of them have died."""
@@ -53,41 +61,98 @@ def schedule(seed: int, count: int, kinds: Sequence[str], node_of_rank: Sequence
     else has one fault.
     """
     rng = random.Random(f"faults {seed}")
+    ranks = range(len(node_of_rank))
     again = [kind for kind in kinds if kind != "kill_node"]
     end = ["kill_node"] if len(again) < len(kinds) else []
     count -= len(end)
     order = [kind for _ in range(-(-count // max(1, len(again)))) for kind in rng.sample(again, len(again))]
-    ranks = range(len(node_of_rank))
     faults = []
     for kind in order[:count] + end:
         victims = rng.sample(ranks, 2 if kind in PAIRS else 1)
         if kind == "calm":
             victims = []
+        if kind == "cut":
+            victims = [node_of_rank.index(node) for node in rng.sample(sorted(set(node_of_rank)), 2)]
         if kind == "kill_node":
             victims = [rank for rank in ranks if node_of_rank[rank] == max(node_of_rank)]
+        if kind == "partition":
+            victims = [rank for rank in ranks if node_of_rank[rank] > max(node_of_rank) // 2]
         after, delay_s = rng.uniform(*AFTER), rng.uniform(*DELAY_S)
         faults.append(Fault(kind, tuple(victims), after, delay_s if kind == "kill_in_recovery" else 0.0))
     return faults
 
 
-async def fire(fault: Fault, engines: Mapping[int, psutil.Process], node: Sequence[psutil.Process]) -> Fired:
-    """Do it. Who has died before the signal is no victim.
+async def fire(
+    fault: Fault, engines: Mapping[int, psutil.Process], node: Sequence[psutil.Process], cuts: "Cuts | None" = None
+) -> Fired:
+    """Do it, to its end if it has one. Who has died before a signal is no victim.
 
     Args:
         fault: what to do.
         engines: the engine processes by rank.
         node: the process tree that kill_node kills.
+        cuts: the wires between the ranks' hosts.
     """
-    number = SIGNALS.get(fault.kind, signal.SIGKILL)  # calm has nobody to send it to
     targets = list(node) if fault.kind == "kill_node" else [engines[rank] for rank in fault.ranks]
-    victims, at = [], time.time()
+    at = time.time()
+    if fault.kind in OF_NETWORK and cuts is not None:
+        await cuts.last(fault, LASTS_S[fault.kind])
+        victims = targets
+    elif fault.kind == "slow":
+        victims = [process for process in targets if await _slow_down(process, LASTS_S["slow"])]
+    else:
+        victims = await _signal(fault, targets)
+    return Fired(at, time.time() if fault.kind in LASTS_S else at, tuple(victims))
+
+
+class Cuts:
+    """The network of a server whose nodes are hosts of it."""
+
+    def __init__(self, network: Network, node_of_rank: Sequence[int]) -> None:
+        self._network = network
+        self._node_of_rank = node_of_rank
+
+    async def last(self, fault: Fault, seconds: float) -> None:
+        """Cut what `fault` names, and connect it again: for a cut the nodes of its two victims from each other, for a
+        partition those of its victims from all others."""
+        nodes = {self._node_of_rank[rank] for rank in fault.ranks}
+        others = set(self._node_of_rank) - nodes
+        if fault.kind == "cut":
+            nodes, others = {min(nodes)}, {max(nodes)}
+        self._network.cut(nodes, others)
+        try:
+            await asyncio.sleep(seconds)
+        finally:
+            self._network.heal()
+
+
+async def _signal(fault: Fault, targets: Sequence[psutil.Process]) -> list[psutil.Process]:
+    number = SIGNALS.get(fault.kind, signal.SIGKILL)  # calm has nobody to send it to
+    victims = []
     for i, process in enumerate(targets):
         if i and fault.kind == "kill_in_recovery":
             await asyncio.sleep(fault.delay_s)
         with contextlib.suppress(psutil.NoSuchProcess):
-            process.send_signal(number)
+            if fault.kind == "hang":
+                hang_main_thread(process.pid)
+            else:
+                process.send_signal(number)
             victims.append(process)
-    return Fired(at, tuple(victims))
+    return victims
+
+
+async def _slow_down(process: psutil.Process, seconds: float) -> bool:
+    """Let it run a tenth of the time. Whether it lived to the end."""
+    end = time.monotonic() + seconds
+    try:
+        while time.monotonic() < end:
+            process.send_signal(signal.SIGSTOP)
+            await asyncio.sleep(SLOW_S[0])
+            process.send_signal(signal.SIGCONT)
+            await asyncio.sleep(SLOW_S[1])
+    except psutil.NoSuchProcess:
+        return False
+    return is_alive(process)
 
 
 def is_alive(process: psutil.Process) -> bool:

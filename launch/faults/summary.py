@@ -24,19 +24,22 @@ class Round(Streamed):
     at: float
     """Wall-clock time of the first signal; 0 when none was sent."""
     fired: bool
-    """All victims got the signal and died."""
+    """It came to all its victims, and those of a kind that kills have died."""
     reports: tuple[Mapping[str, Any], ...]
     """The events of /elastic/events since the round's start: `rank` and `report`."""
     healed_s: float | None
-    """Until all ranks served again, from the signal; None: not in time."""
+    """Until all ranks served again, from the end of the fault; None: not in time."""
     placement_fault: str
     """What is wrong with the placements of the healed group; empty: nothing."""
 
     @property
     def counted(self) -> bool:
-        """Whether each victim is among the lost of a recovery, and wrong bytes among what was refused."""
+        """Whether each victim is among the lost of a recovery, and wrong bytes among what was refused. Of two with a
+        cut wire between them one is enough; nobody may be lost because he is slow."""
         lost = {rank for event in self.reports for rank in event["report"]["lost"]}
-        return self.fired and set(self.fault.ranks) <= lost and (self.rejected > 0 or self.fault.kind != "corrupt")
+        victims, kind = set(self.fault.ranks), self.fault.kind
+        seen = {"cut": bool(victims & lost), "slow": not lost}.get(kind, victims <= lost)
+        return self.fired and seen and (self.rejected > 0 or kind != "corrupt")
 
     @property
     def in_recovery(self) -> bool:

@@ -33,18 +33,20 @@ def test_the_schedule_and_the_load_are_functions_of_the_seed():
 
 @pytest.mark.parametrize("seed", range(20))
 def test_what_a_schedule_holds(seed: int):
-    faults = schedule(seed, 12, KINDS, TWO_NODES)
     again = sorted(set(KINDS) - {"kill_node"})
-    assert sorted(f.kind for f in faults[:7]) == again
-    assert set(f.kind for f in faults[7:11]) < set(again)
-    assert faults[11].kind == "kill_node"
+    faults = schedule(seed, len(again) + 5, KINDS, TWO_NODES)
+    assert sorted(f.kind for f in faults[:-5]) == again
+    assert set(f.kind for f in faults[-5:-1]) < set(again)
+    assert faults[-1].kind == "kill_node"
     assert [f.kind for f in schedule(seed, 5, ["kill_node"], TWO_NODES)] == ["kill_node"]
     for fault in faults:
         assert AFTER[0] <= fault.after <= AFTER[1]
-        victims = {"calm": 0, "kill_two": 2, "kill_in_recovery": 2, "kill_node": 2}.get(fault.kind, 1)
+        two = ("kill_two", "kill_in_recovery", "kill_node", "cut", "partition")
+        victims = 2 if fault.kind in two else 0 if fault.kind == "calm" else 1
         assert len(set(fault.ranks)) == len(fault.ranks) == victims
         assert fault.delay_s == 0 or fault.kind == "kill_in_recovery"
-        assert fault.kind != "kill_node" or fault.ranks == (2, 3)
+        assert fault.kind not in ("kill_node", "partition") or fault.ranks == (2, 3)
+        assert fault.kind != "cut" or sorted(fault.ranks) == [0, 2], "two ranks of one host have no wire between them"
     asks = make_asks(seed, 8)
     assert sum(ask.temperature == 0 for ask in asks) == 4
     assert all(LENGTHS[0] <= ask.max_tokens <= LENGTHS[1] for ask in asks)
@@ -125,6 +127,17 @@ def test_the_summary():
     assert (is_good(refused), refused["rejected"]) == (True, 6)
 
 
+@pytest.mark.parametrize(("kind", "lost", "counted"), [
+    ("cut", [], 0), ("cut", [1], 1), ("cut", [2], 1), ("cut", [0], 0), ("slow", [], 1), ("slow", [1], 0),
+    ("partition", [1], 0), ("partition", [1, 2], 1), ("hang", [1, 2], 1), ("hang", [1], 0),
+])  # fmt: skip
+def test_who_must_be_lost(kind: str, lost: list[int], counted: int):
+    """One end of a cut wire, all of the smaller half, all that hang; and nobody for being slow."""
+    wanted = Answer(text="ab", finish="length", num_tokens=2, arrivals=[1.0, 1.1])
+    found = summary([a_round(lost, wanted, kind, ranks=(1, 2))], [wanted], 1)
+    assert found["faults"]["counted"] == counted
+
+
 def test_whether_the_second_victim_was_lost_in_the_recovery_from_the_first():
     """One recovery tells of both, then; else there were two, and the fault was not the one that its name says."""
     wanted = Answer(text="ab", finish="length", num_tokens=2, arrivals=[1.0, 1.1])
@@ -172,6 +185,7 @@ def test_what_the_server_is_told():
         "chaos.faults=0",
         "chaos.kinds=kill_node",
         "chaos.kinds=corrupt",
+        "chaos.kinds=partition",
     ):
         with pytest.raises(ValueError, match=mistake.partition("=")[0]):
             load(ChaosRunConfig, "chaos", [mistake])

@@ -9,7 +9,7 @@ from openai import AsyncOpenAI
 from support.reference import Reference
 from support.server import Server, wait_until
 
-from launch.server import two_nodes
+from launch.server import several_nodes
 
 pytestmark = [pytest.mark.xdist_group("two nodes"), pytest.mark.timeout(170)]
 
@@ -42,7 +42,7 @@ def test_the_other_node_serves_on(reference: Reference, lost: int):
         return await asyncio.gather(*tasks)
 
     with ExitStack() as stack:
-        servers = [stack.enter_context(Server(command, "log_level=warning")) for command in two_nodes(2)]
+        servers = [stack.enter_context(Server(command, "log_level=warning")) for command in several_nodes(2, 2)]
         victim, survivor = servers[lost], servers[1 - lost]
         assert victim.url != survivor.url
         texts = asyncio.run(asyncio.wait_for(work(survivor, victim), 90))

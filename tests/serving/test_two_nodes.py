@@ -10,7 +10,7 @@ from openai import AsyncOpenAI
 from support.reference import Reference
 from support.server import STOP_WITHIN_S, Launched, Server, run_to_end
 
-from launch.server import two_nodes
+from launch.server import several_nodes
 
 pytestmark = pytest.mark.xdist_group("two nodes")
 
@@ -33,7 +33,7 @@ def test_both_front_ends_serve_one_group(reference: Reference):
         return [answer.choices[0].text for answer in answers]
 
     with ExitStack() as stack:
-        servers = [stack.enter_context(Server(command, "log_level=warning")) for command in two_nodes(2)]
+        servers = [stack.enter_context(Server(command, "log_level=warning")) for command in several_nodes(2, 2)]
         texts = asyncio.run(asyncio.wait_for(ask([server.url for server in servers]), 60))
         assert texts == [reference.text(w.tokens) for w in wanted]
         for node, server in enumerate(servers):
@@ -52,7 +52,7 @@ def test_both_front_ends_serve_one_group(reference: Reference):
 
 
 def test_a_taken_port_on_the_second_node():
-    first, second = two_nodes(2)
+    first, second = several_nodes(2, 2)
     with (
         socket.create_server(("127.0.0.1", 0)) as taken,
         Launched(first, "server.port=0", "log_level=warning") as other,
