@@ -178,6 +178,11 @@ class ServingConfig:
     graph_tokens: int = setting(16, "a captured forward is padded to a multiple of so many tokens")
     prefix_caching: bool = setting(True, "share KV pages between requests with the same beginning")
 
+    @property
+    def cache_capacity(self) -> int:
+        """Tokens that one request may have in the KV cache: its whole pages."""
+        return self.kv_cache_tokens // self.page_size * self.page_size
+
     def validate(self) -> None:
         """Raise ValueError, naming the key and what is allowed, when a value cannot work."""
         length = self.max_model_len

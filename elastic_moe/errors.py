@@ -13,6 +13,10 @@ class PeerLost(ElasticError):
     """A collective or transfer broke off because a peer died, left, or missed its deadline."""
 
 
+class BatchFailed(ElasticError):
+    """The forward of a batch broke off because of what is in it; the rank is well, but has left its peers alone."""
+
+
 class TransferFailed(ElasticError):
     """An expert could be had from no source; the message names layer, expert and each reason."""
 

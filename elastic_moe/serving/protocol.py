@@ -34,6 +34,8 @@ class Submit(msgspec.Struct, tag="submit", frozen=True):
     max_new_tokens: int
     """Tokens still to generate, counted from here; at least 1."""
     sampling: Sampling = Sampling()
+    alone: bool = False
+    """Processes died while they ran it: let no other request run before it has its next token."""
 
 
 class Cancel(msgspec.Struct, tag="cancel", frozen=True):

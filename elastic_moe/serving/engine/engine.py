@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from elastic_moe.background import end_process, start_thread
 from elastic_moe.config import ModelConfig, ServeConfig
-from elastic_moe.errors import ElasticError, NotEnoughSlots, PeerLost, TransferFailed
+from elastic_moe.errors import BatchFailed, ElasticError, NotEnoughSlots, PeerLost, TransferFailed
 from elastic_moe.integrations.transformers import LoadTimer, elasticize, find_experts, meta_model
 from elastic_moe.membership.launch import Launch, host_of
 from elastic_moe.membership.signals import Wake
@@ -140,6 +140,9 @@ class Engine:
             try:
                 self._turn()
             except PeerLost as error:
+                self._recover(str(error))
+            except BatchFailed as error:  # the others wait in layers that this rank does not come to
+                self._pending = False
                 self._recover(str(error))
 
     def _turn(self) -> None:

@@ -45,6 +45,11 @@ class SeededRunner(ModelRunner):
         self.num_captures = 0
         """Graphs made since the start."""
 
+    @property
+    def requests_in_batch(self) -> list[Any]:
+        """What the batch that was prepared last is made of."""
+        return self._ios.requests_in_batch
+
     def compute_batch(self, model: nn.Module, batch_data: dict[str, Any]) -> None:
         """Run the model, by a graph if there is one for this shape, and pick the tokens."""
         self._scores = self._captured = None

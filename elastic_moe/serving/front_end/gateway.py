@@ -157,6 +157,8 @@ class Gateway:
         self.metrics.requests.labels(entry.finish if entry.finish is Finish.ERROR else generation.outcome).inc()
         if not entry.finish:
             self._cancel(entry)
+        if entry.on_trial:
+            self._place()
 
     def set_view(self, view: View) -> None:
         """Follow the group: link to new processes, unlink those that left, and move the requests they had."""
@@ -175,7 +177,10 @@ class Gateway:
             self.balance.greet(link)
         orphans = self._journal.orphans(view)
         for entry in orphans:
-            entry.owner = None
+            entry.orphan()
+            if entry.finish:
+                logger.error("request %s: %s", entry.request_id, entry.error)
+                self._generations[entry.request_id].changed.set()
         logger.info("epoch %d: ranks %s; %d requests to move", view.epoch, list(view.ranks), len(orphans))
         self._ranks_changed()
 
@@ -243,12 +248,14 @@ class Gateway:
         self._place()
 
     def _place(self) -> None:
-        """Give every request that has no rank to one, as far as there are healthy ranks."""
+        """Give every request that has no rank to one, as far as there are healthy ranks. A rank has one on trial at a
+        time, or nobody could tell which it died of."""
         now_s = time.monotonic()
         for entry in self._journal.unplaced():
-            rank = choose_rank(link.load(now_s) for link in self._links.values())
+            taken = self._journal.ranks_with_a_trial() if entry.is_suspect else ()
+            rank = choose_rank(link.load(now_s) for link in self._links.values() if link.member.rank not in taken)
             if rank is None:
-                return
+                continue
             link = self._links[rank]
             if entry.num_submits:
                 self.metrics.resubmitted.inc()
@@ -296,6 +303,7 @@ class Gateway:
         entry = self._journal.addressee(message)
         if entry is None:
             return
+        was_on_trial = entry.on_trial
         num_new = None if message.finish is Finish.DROPPED else entry.apply(message)
         if num_new is None:  # dropped, or tokens are missing before these: begin anew from those that are here
             logger.warning("request %s has to be submitted again after %d tokens", entry.request_id, len(entry.tokens))
@@ -303,6 +311,8 @@ class Gateway:
             entry.owner = None
             self._place()
             return
+        if was_on_trial and not entry.on_trial:
+            self._place()
         generation = self._generations[entry.request_id]
         if num_new:
             now_s = time.monotonic()

@@ -11,6 +11,10 @@ from typing import NamedTuple
 from elastic_moe.group.view import View
 from elastic_moe.serving.protocol import Finish, Sampling, Submit, Tokens
 
+SUSPECT_AFTER = 2
+"""A request that so many processes in a row died under, without one more token, runs alone next. When that one dies too
+the request ends with an error; until then nobody can tell it from its neighbours, or from one who had bad luck."""
+
 
 class Owner(NamedTuple):
     """The engine process that works on a request."""
@@ -32,6 +36,10 @@ class Entry:
     owner: Owner | None = None
     """None while no rank works on it: not placed yet, or orphaned."""
     num_submits: int = 0
+    num_deaths: int = 0
+    """Owners in a row that were lost before its next token."""
+    on_trial: bool = False
+    """Whether its owner runs it alone, and its next token has not come yet."""
     finish: Finish = Finish.NOT_YET
     """Whether more tokens will come."""
     error: str = ""
@@ -40,13 +48,27 @@ class Entry:
         """Give the request to `owner`: the message that lets it go on from the tokens it has."""
         self.owner = owner
         self.num_submits += 1
+        self.on_trial = self.is_suspect
         return Submit(
             request_id=self.request_id,
             tokens=self.prompt + self.tokens,
             num_generated=len(self.tokens),
             max_new_tokens=self.max_tokens - len(self.tokens),
             sampling=self.sampling,
+            alone=self.on_trial,
         )
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether it has to run alone."""
+        return self.num_deaths >= SUSPECT_AFTER
+
+    def orphan(self) -> None:
+        """Its owner was lost: another goes on with it, unless it is what kills them."""
+        if self.on_trial:
+            self.fail(f"{self.num_deaths + 1} processes died while they ran this request, the last one ran no other")
+        self.owner, self.on_trial = None, False
+        self.num_deaths += 1
 
     def apply(self, message: Tokens) -> int | None:
         """Take what is new of `message`, by position; returns how many tokens that is, None for a gap.
@@ -58,6 +80,8 @@ class Entry:
             return None
         self.tokens += message.tokens[known - message.start :][: self.max_tokens - known]
         self.finish, self.error = message.finish, message.error
+        if len(self.tokens) > known or self.finish:
+            self.num_deaths, self.on_trial = 0, False
         if not self.finish and len(self.tokens) == self.max_tokens:
             self.finish = Finish.LENGTH
         return len(self.tokens) - known
@@ -108,3 +132,7 @@ class Journal:
     def unplaced(self) -> list[Entry]:
         """Unfinished entries that no rank works on, oldest first."""
         return [e for e in self if e.owner is None and not e.finish]
+
+    def ranks_with_a_trial(self) -> set[int]:
+        """Ranks that run a request alone."""
+        return {e.owner.rank for e in self if e.owner is not None and e.on_trial}

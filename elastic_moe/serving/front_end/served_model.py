@@ -45,7 +45,7 @@ class ServedModel:
         if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of a folder without one
             raise ValueError(f"model.path={path!r}: it has no tokenizer files, such as tokenizer.json")
         own_limit = getattr(text_config, "max_position_embeddings", None)
-        limits = [config.serving.max_model_len or own_limit, config.serving.kv_cache_tokens]
+        limits = [config.serving.max_model_len or own_limit, config.serving.cache_capacity]
         return cls(config.model.name, tokenizer, text_config.vocab_size, min(n for n in limits if n is not None))
 
     def decode(self, tokens: Sequence[int]) -> str:
