@@ -75,10 +75,14 @@ class ElasticConfig:
 
     grow_slots: bool = setting(True, "add slots on the survivors when a loss leaves fewer than the experts need")
     hang_timeout_s: float = setting(
-        20.0, "an engine without progress for this long is killed and respawned, in seconds"
+        20.0, "an engine without progress for this long is killed and respawned, however busy it is, in seconds"
+    )
+    progress_timeout_s: float = setting(
+        1.5,
+        "an engine that stands still for this long, waiting for nobody, is killed; so long a member may be silent",
     )
     max_quick_deaths: int = setting(
-        3, "give a rank up after it died this many times in a row within a minute of its start"
+        3, "a rank that died this often in a row, soon after it joined or before, ends the launch if no other serves"
     )
     lighthouse: str = setting(
         "", "URL[,URL...] of outside lighthouses for membership; empty: one embedded on each node"
@@ -89,7 +93,7 @@ class ElasticConfig:
         check(self.redundant_slots >= 0, "elastic.redundant_slots", self.redundant_slots, "must be 0 or more")
         slots = self.slots_per_rank
         check(slots is None or slots >= 1, "elastic.slots_per_rank", slots, "must be null, or 1 or more")
-        for key in ("exchange_timeout_s", "start_timeout_s", "hang_timeout_s"):
+        for key in ("exchange_timeout_s", "start_timeout_s", "hang_timeout_s", "progress_timeout_s"):
             value = getattr(self, key)
             ok = value is None or 0 < value < math.inf
             check(ok, f"elastic.{key}", value, "must be more than 0 seconds, and finite")
@@ -109,7 +113,11 @@ class ElasticConfig:
         if exchange_s is None:
             exchange_s = Deadlines.exchange_below(hang_s)
         return Deadlines.of(
-            num_ranks, exchange_s=exchange_s, start_s=self.start_timeout_s, ring_s=hang_s, hang_s=hang_s
+            num_ranks,
+            exchange_s=exchange_s,
+            start_s=self.start_timeout_s,
+            progress_s=self.progress_timeout_s,
+            hang_s=hang_s,
         )
 
 

@@ -22,7 +22,7 @@ CONF_KEYS: Mapping[str, str] = {
     "exchange_s": "elastic.exchange_timeout_s",
     "start_s": "elastic.start_timeout_s",
     "hang_s": "elastic.hang_timeout_s",
-    "ring_s": "elastic.hang_timeout_s",
+    "progress_s": "elastic.progress_timeout_s",
 }
 """Field -> the key by which a user sets it."""
 
@@ -36,16 +36,17 @@ class Rule(NamedTuple):
 
 
 RULES = (
-    Rule(("beat_s",) * 3, "hang_s", "an engine that is a beat late would be taken for hung"),
+    Rule(("beat_s",) * 4, "progress_s", "an engine that is a beat late would be taken for hung"),
+    Rule(("progress_s",), "hang_s", "an engine that is busy would be killed before one that stands still"),
     Rule(
         ("exchange_s", *["beat_s"] * BEATS_LEFT),
         "hang_s",
         "a rank that waits for a peer on a GPU shows no progress: its supervisor would kill it with the one that hangs",
     ),
-    Rule(("ping_s",) * 3, "ring_s", "a neighbour that is a ping late would be taken for lost"),
+    Rule(("ping_s",) * 4, "progress_s", "a neighbour that is a ping late would be taken for lost"),
     Rule(
         ("heartbeat_timeout_s",),
-        "ring_s",
+        "progress_s",
         "a lighthouse would still count a neighbour that is lost, and put it into the next view",
     ),
     Rule(("heartbeat_s",) * 3, "heartbeat_timeout_s", "a lighthouse would leave out a member that is a heartbeat late"),
@@ -84,14 +85,15 @@ class Deadlines:
     start_s: float = 120.0
     """How long ranks wait for each other at start, and then for those that load slowly."""
     hang_s: float | None = None
-    """A process is killed that sends no beat, or shows no progress while it works, for so long. None: nobody looks at
-    its progress (a script under `elastic_moe.supervise` does between its steps what it likes)."""
-    ring_s: float = 20.0
-    """A neighbour in the ring that is not heard of for so long is lost to this rank, which asks for a view. A
-    supervisor finds a stopped process as soon; this finds a host without power, in a group that sleeps."""
-    beat_s: float = 0.5
+    """A process is killed that sends no beat, or shows no progress while it works, for so long, however busy it is.
+    None: never."""
+    progress_s: float = 1.5
+    """A process that stands still for so long, though it waits for nobody, is killed: while it serves, and in a
+    recovery. It is also how long a neighbour in the ring may be silent before it is taken for lost: a supervisor finds
+    a stopped process as soon; that finds a host without power, in a group that sleeps."""
+    beat_s: float = 0.25
     """From one beat of a process to its supervisor to the next."""
-    ping_s: float = 0.5
+    ping_s: float = 0.25
     """From one ping of a member to its neighbours in the ring to the next."""
 
     heartbeat_s: float = 0.1
@@ -115,13 +117,18 @@ class Deadlines:
     """Building the groups of a view. Its members come at once, for they got the same answer; then each connects to all
     others. `of` scales it with their number."""
     recovery_s: float = 60.0
-    """From a loss to the next epoch, all attempts together; then the process exits, to be started again."""
+    """From a loss to the next epoch, all attempts together. Then it is told as unavailable, and tried on."""
     rebalance_grace_s: float = 60.0
     """How long a call of the balancer waits beyond its interval: all ranks come to it by themselves within one."""
     weights_s: float = 5.0
     """One answer of a peer that gives weights; who does not answer in time is asked no more."""
     greeting_s: float = 0.2
     """How much later than the first a peer may answer a newcomer's greeting; who does not is taken for lost."""
+
+    @property
+    def wait_s(self) -> float:
+        """How long a process may stand still that waits for others: each wait has its own deadline before that."""
+        return self.hang_s or self.exchange_s + self.progress_s
 
     def __post_init__(self) -> None:
         for rule in RULES:
@@ -136,7 +143,7 @@ class Deadlines:
         *,
         exchange_s: float = 15.0,
         start_s: float = 120.0,
-        ring_s: float = 20.0,
+        progress_s: float = 1.5,
         hang_s: float | None = None,
     ) -> "Deadlines":
         """Those of a launch of `num_ranks` ranks; what has to be longer than these or grows with the ranks does.
@@ -150,7 +157,7 @@ class Deadlines:
             exchange_s=exchange_s,
             start_s=start_s,
             hang_s=hang_s,
-            ring_s=ring_s,
+            progress_s=progress_s,
             build_s=build_s,
             recovery_s=max(cls.recovery_s, 1.25 * attempt_s),
             lighthouse_wait_s=max(cls.lighthouse_wait_s, cls.view_call_s + (hang_s or 0.0)),

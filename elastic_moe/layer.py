@@ -48,6 +48,7 @@ class ElasticMoELayer(nn.Module):
         is_expert = top_k_index == top_k_index.clamp(0, self.num_experts - 1)
         experts = torch.where(is_expert, top_k_index, EMPTY)  # from here on -1 is the only "none"
         self._pool.loads.count(self.layer, experts)
+        self._pool.pulse.beat()
         exchange = self._pool.exchange
         slots = self._pool.registry.choose_slots(self.layer, experts)
         fused = self.experts.fused(hidden_states) if self._pool.placement.num_ranks == 1 else None

@@ -32,7 +32,7 @@ class ScriptSupervisor(RankSupervisor):
     def start_process(self, start: SeatStart) -> Child:
         """See the base."""
         child = self._supervisor.start(SEAT, self._command, fd_variable=SUPERVISOR_FD)
-        child.channel.send(start)
+        child.send(start)
         return child
 
     def on_message(self, event: Event) -> None:
@@ -50,10 +50,6 @@ class ScriptSupervisor(RankSupervisor):
         if code == 0 or self._done or self._view is None:
             return code if code >= 0 else 128 - code
         return None
-
-    def on_given_up(self) -> int | None:
-        """See the base."""
-        return 1
 
 
 def main() -> int:

@@ -81,8 +81,6 @@ class Rebalancer:
         self._session: _Session | None = None
         self.reports: queue.SimpleQueue[RebalanceReport] = queue.SimpleQueue()
         """Of the rounds that have ended; for the step loop."""
-        self.progress = 0
-        """Rises with every chunk that was swapped in."""
 
     def begin_epoch(
         self, view: View, groups: EpochGroups, store: ExpertStore, disk: Disk | None, *, changed: bool
@@ -160,7 +158,6 @@ class Rebalancer:
 
     def commit(self, placement: Placement) -> None:
         """In the step loop: a chunk was swapped in."""
-        self.progress += 1
         self._committed(placement)
 
 

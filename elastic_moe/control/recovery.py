@@ -23,6 +23,7 @@ from elastic_moe.membership.quorum import Membership
 from elastic_moe.placement.placement import EMPTY, Placement, fewest_slots
 from elastic_moe.placement.repair import grow, lower_bound_moves, repair
 from elastic_moe.placement.topology import Topology
+from elastic_moe.pulse import Pulse
 from elastic_moe.weights.disk import Disk, OtherDisks
 from elastic_moe.weights.sources import Account, Until, fill
 from elastic_moe.weights.store import UNKNOWN, ExpertStore
@@ -53,6 +54,7 @@ class Recovery:
         device: torch.device,
         *,
         deadlines: Deadlines,
+        pulse: Pulse,
         grow_slots: bool,
     ) -> None:
         """`epoch` enters each new view with its groups before they are built, so that other threads may abort them;
@@ -65,6 +67,7 @@ class Recovery:
         self._disk = disk
         self._device = device
         self._deadlines = deadlines
+        self._pulse = pulse
         self._grow_slots = grow_slots
         self._newcomer = False
         self._phase: Phase | None = None
@@ -94,7 +97,8 @@ class Recovery:
             attempts += 1
             try:
                 self._enter(Phase.VIEW)
-                view = self._membership.next_view(view, self._epoch.request_join, deadline_s)
+                with self._pulse.expects(None):  # of those who do not come others are told
+                    view = self._membership.next_view(view, self._epoch.request_join, deadline_s)
                 self._enter(Phase.GROUPS)
                 groups = EpochGroups(view, self._me.rank, self._device, self._deadlines)
                 self._epoch.enter(view, groups)
@@ -128,7 +132,7 @@ class Recovery:
 
         An expert is lost when no live slot holds it: so no replica can be a source here.
         """
-        store, account = self._store, Account()
+        store, account = self._store, Account(on_progress=self._pulse.beat)
         held, version = self._gather(groups, version)
         placement = self._plan(held, view, version + 1)
         vote = Vote(groups.control, account, before=lambda: self._enter(Phase.COMMIT))
@@ -172,6 +176,7 @@ class Recovery:
 
     def _enter(self, phase: Phase | None) -> None:
         """From here on the time is that of `phase`."""
+        self._pulse.beat()
         now = time.monotonic()
         if self._phase is not None:
             seconds = now - self._phase_began

@@ -68,12 +68,12 @@ class EpochGroups:
             self.control, self.data = self._built.result()  # unless they came at this very moment
         return self
 
-    @property
-    def waiting(self) -> bool:
-        """Whether a call is in flight in either group, or they are being built."""
+    def waiting(self, thread: int) -> bool:
+        """Whether the thread with this ident waits for the members, or the groups are being built."""
         if not self._built.done():
             return True
-        return self._built.exception() is None and any(group.waiting for group in self._built.result())
+        groups = [*self._opened, *(self._built.result() if self._built.exception() is None else ())]
+        return any(group.waiting == thread for group in groups)
 
     def open(self, name: str, timeout_s: float) -> Group:
         """One more gloo group of all members, on the CPU, with a deadline of its own. Collective; waits for all.

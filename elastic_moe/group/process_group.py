@@ -51,8 +51,8 @@ class Group:
         """Deadline of every call, in seconds."""
         self.rank = backend.rank()
         self.size = backend.size()
-        self.waiting = False
-        """Whether a call is in flight: the rank waits for its peers, with a deadline."""
+        self.waiting = 0
+        """Ident of the thread that waits for the peers, with a deadline; 0: none does."""
         self._lock = threading.Lock()
         self._aborted = False
 
@@ -147,7 +147,7 @@ class Group:
         """
         if self._record is None or self.size == 1:
             return
-        self.waiting, begin = True, time.monotonic()
+        self.waiting, begin = threading.get_ident(), time.monotonic()
         try:
             with self._told_as_lost("a queued call", begin):
                 is_over = self._record()
@@ -158,7 +158,7 @@ class Group:
                     time.sleep(0)
                 self._refuse_if_aborted()  # an abort says so before it breaks anything off
         finally:
-            self.waiting = False
+            self.waiting = 0
 
     def barrier(self) -> None:
         """Wait for all ranks.
@@ -197,7 +197,7 @@ class Group:
             raise RuntimeError("this rank has left the group")
 
     def _wait(self, op: str, start: Callable[[], dist.Work]) -> None:
-        self.waiting = True
+        self.waiting = threading.get_ident()
         try:
             with self._told_as_lost(op, time.monotonic()):
                 self._refuse_if_aborted()
@@ -207,7 +207,7 @@ class Group:
                 work.wait()
                 self._refuse_if_aborted()
         finally:
-            self.waiting = False
+            self.waiting = 0
 
     @contextlib.contextmanager
     def _told_as_lost(self, op: str, begin: float) -> Iterator[None]:
@@ -253,7 +253,7 @@ class Posted:
             PeerLost: a peer died, left, or missed the deadline.
         """
         group = self._group
-        group.waiting = True
+        group.waiting = threading.get_ident()
         try:
             with group._told_as_lost("exchange", time.monotonic()):
                 for work in self._works:
@@ -261,7 +261,7 @@ class Posted:
                 group._refuse_if_aborted()
             group.confirm()
         finally:
-            group.waiting = False
+            group.waiting = 0
 
 
 def _bury(backend: Any, store: EpochStore) -> None:

@@ -3,8 +3,9 @@
 Each process binds one ROUTER socket, served by a thread; whoever has a signal for it connects a DEALER. msgspec structs
 in MessagePack, never pickle. A signal only asks for a view; nobody acts on it alone.
 
-Neighbours in the view's ring also tell each other twice a second that they live: a member that is lost without an error
-of its connection (a host without power, a stopped process) is noticed by that.
+Neighbours in the view's ring also tell each other four times a second that they live: a member that is lost without an
+error of its connection (a host without power, a stopped process) is noticed by that. A false alarm costs a recovery and
+nobody: who lives is in the next view.
 """
 
 import logging
@@ -133,9 +134,9 @@ class Signals:
         on_lost: Callable[[Member], None],
         on_error: OnError = end_process,
     ) -> None:
-        """Listen; call `on_lost(member)` when a neighbour has not been heard of for `ring_s` seconds, and `on_error` if
+        """Listen; call `on_lost(member)` when a neighbour has been silent for `progress_s` seconds, and `on_error` if
         a handler raises, after which nothing is heard any more."""
-        self._ping_s, self._lost_after_s, self._on_lost = deadlines.ping_s, deadlines.ring_s, on_lost
+        self._ping_s, self._lost_after_s, self._on_lost = deadlines.ping_s, deadlines.progress_s, on_lost
         start_thread("signals", self._serve, Alive(incarnation), on_error=on_error)
 
     def tell(self, members: Iterable[Member], signal: Signal) -> None:
@@ -158,14 +159,16 @@ class Signals:
         self._sender.close()
 
     def _serve(self, alive: Alive) -> None:
-        next_ping = 0.0
+        next_ping = looked = time.monotonic()
         while not self._closed.is_set():
-            if self._router.poll(int(self._ping_s * 1000)):
+            if self._router.poll(max(0, int((next_ping - time.monotonic()) * 1000) + 1)):
                 self._receive(self._router.recv_multipart()[-1])
-            else:
-                self._look_for_losses()  # only when all that came has been heard
-            if time.monotonic() >= next_ping and not self._closed.is_set():
-                next_ping = time.monotonic() + self._ping_s
+            now = time.monotonic()
+            if now >= next_ping and not self._closed.is_set():
+                while self._router.poll(0):  # all that has come is heard before anybody is called silent
+                    self._receive(self._router.recv_multipart()[-1])
+                self._look_for_losses(now, asleep_s=now - looked - self._ping_s)
+                next_ping, looked = now + self._ping_s, now
                 with self._lock:
                     neighbours = list(self._neighbours.values())
                 self.tell(neighbours, alive)
@@ -183,9 +186,11 @@ class Signals:
         elif handler := self._handlers.get(type(signal)):
             handler(signal)
 
-    def _look_for_losses(self) -> None:
-        now = time.monotonic()
+    def _look_for_losses(self, now: float, asleep_s: float) -> None:
+        """`asleep_s`: for so long this thread did not run, as it should have: the others may not have either."""
         with self._lock:
+            if asleep_s > self._ping_s:
+                self._heard = {name: heard + asleep_s for name, heard in self._heard.items()}
             lost = [name for name, heard in self._heard.items() if now - heard > self._lost_after_s]
             for name in lost:
                 self._heard[name] = now

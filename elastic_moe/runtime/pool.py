@@ -16,6 +16,7 @@ from elastic_moe.group.view import View
 from elastic_moe.placement.loads import LoadCounter
 from elastic_moe.placement.placement import Placement
 from elastic_moe.placement.registry import PlacementRegistry
+from elastic_moe.pulse import Pulse
 from elastic_moe.runtime.idle import IdleForward
 from elastic_moe.transport.staging import Staging
 from elastic_moe.weights.disk import Disk
@@ -40,6 +41,7 @@ class ExpertPool:
         device: torch.device,
         deadlines: Deadlines,
         *,
+        pulse: Pulse,
         steps: Callable[[], int],
         wake: Callable[[], None],
         committed: Callable[[Placement], None],
@@ -53,6 +55,7 @@ class ExpertPool:
             eplb: how they are balanced.
             device: where experts and tokens live.
             deadlines: of waits for other ranks.
+            pulse: beats with every layer.
             steps, wake, committed, on_error: see `Rebalancer`.
         """
         placement = registry.placement
@@ -71,6 +74,8 @@ class ExpertPool:
             committed=committed,
             on_error=on_error,
         )
+        self.pulse = pulse
+        """Beats with every layer."""
         self.idle = IdleForward()
         self.loaded = Account()
         """What this process has loaded its experts from, at its start."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -25,9 +26,11 @@ from elastic_moe.membership.rendezvous import Seat, meet
 from elastic_moe.placement.placement import Placement
 from elastic_moe.placement.registry import PlacementRegistry
 from elastic_moe.placement.topology import Topology
+from elastic_moe.pulse import Pulse
 from elastic_moe.runtime.hooks import Hooks
 from elastic_moe.runtime.initial_placement import choose_placement
 from elastic_moe.runtime.pool import ExpertPool
+from elastic_moe.supervision.channel import Beat
 from elastic_moe.supervision.supervised import Supervised
 from elastic_moe.transport.staging import open_staging
 from elastic_moe.weights.disk import Disk
@@ -60,16 +63,19 @@ class ElasticRuntime:
         *,
         start_timeout_s: float = 120.0,
         exchange_timeout_s: float = 15.0,
-        silence_timeout_s: float = 20.0,
+        progress_timeout_s: float = 1.5,
+        hang_timeout_s: float | None = None,
         lighthouses: Sequence[str] = (),
         grow_slots: bool = True,
         eplb: EplbConfig | None = None,
         exchange: ExchangeConfig | None = None,
+        pulse: Pulse | None = None,
     ) -> None:
         """`view` is the current one, or, for a process that takes a dead one's seat, the last known.
 
         A member builds the groups of `view` here, together with all others; a newcomer gets its first ones by
-        `recover`, once it holds what it brings. `eplb`: how experts are balanced; `exchange`: how tokens travel.
+        `recover`, once it holds what it brings. `eplb`: how experts are balanced; `exchange`: how tokens travel;
+        `pulse`: beats with all that this rank does.
         """
         self.seat = seat
         self.rank = seat.member.rank
@@ -77,6 +83,8 @@ class ElasticRuntime:
         self.steps = 0  # forwards finished
         self.handshakes = 0
         """Calls of `agree` in this epoch: the number of the step that all ranks are in."""
+        self.pulse = pulse or Pulse()
+        self._thread = threading.get_ident()
         self._hooks = Hooks()
         self.on_rank_lost, self.on_rank_joined = self._hooks.rank_lost, self._hooks.rank_joined
         self.on_placement_changed, self.on_view = self._hooks.placement_changed, self._hooks.view
@@ -85,7 +93,11 @@ class ElasticRuntime:
         self._topology = topology
         self._latch = Latch()
         self._deadlines = Deadlines.of(
-            topology.num_ranks, exchange_s=exchange_timeout_s, start_s=start_timeout_s, ring_s=silence_timeout_s
+            topology.num_ranks,
+            exchange_s=exchange_timeout_s,
+            start_s=start_timeout_s,
+            progress_s=progress_timeout_s,
+            hang_s=hang_timeout_s,
         )
         self._grow_slots = grow_slots
         self._eplb = eplb or EplbConfig()
@@ -137,7 +149,7 @@ class ElasticRuntime:
         if supervised:
             runtime._supervised = supervised
             runtime.on_view.append(supervised.tell_view)
-            supervised.begin(view, runtime._deadlines.beat_s)
+            supervised.begin(view, runtime.beat, runtime._deadlines.beat_s)
         return runtime
 
     @property
@@ -198,6 +210,7 @@ class ElasticRuntime:
             steps=lambda: self.steps,
             wake=lambda: self.on_change(),
             committed=self._hooks.call_placement_changed,
+            pulse=self.pulse,
             on_error=self.fail,
         )
         if self._epoch.is_entered:
@@ -242,8 +255,10 @@ class ElasticRuntime:
         """
         self._latch.check()
         self.handshakes += 1
+        self.pulse.beat()
         if self._pool is not None:
-            self._pool.balancer.enter_step(self.handshakes)
+            with self.pulse.expects(self._deadlines.wait_s):  # the others may have to come to this step first
+                self._pool.balancer.enter_step(self.handshakes)
         *agreed, joining = self.groups.control.all_reduce_max([*flags, int(self._epoch.somebody_joins)])
         if joining:
             raise PeerLost("a process joins")
@@ -252,8 +267,10 @@ class ElasticRuntime:
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
         """One forward, in one epoch and one placement version. Counted in `steps` when it finishes."""
-        yield
-        self.pool.exchange.check()
+        waits = self.device.type == "cuda"  # for others, inside of kernels
+        with self.pulse.expects(self._deadlines.wait_s if waits else self.pulse.within_s):
+            yield
+            self.pool.exchange.check()
         self.steps += 1
 
     def run(self, forward: Callable[[], Result]) -> Result:
@@ -264,7 +281,6 @@ class ElasticRuntime:
 
         Raises:
             NotEnoughSlots, TransferFailed: the experts cannot be restored.
-            PeerLost: no agreement within a minute.
         """
         while True:
             try:
@@ -272,7 +288,7 @@ class ElasticRuntime:
                 with self.step():
                     return forward()
             except PeerLost as error:
-                self.recover(str(error))
+                self._come_back(str(error))
 
     def finish(self) -> None:
         """Take part, without tokens, in what the others still run, until every rank of the launch has come here, also
@@ -280,7 +296,6 @@ class ElasticRuntime:
 
         Raises:
             NotEnoughSlots, TransferFailed: the experts cannot be restored.
-            PeerLost: no agreement within a minute.
         """
         while self._others_run():
             pass
@@ -310,8 +325,26 @@ class ElasticRuntime:
             else:
                 time.sleep(FINISH_POLL_S)
         except PeerLost as error:
-            self.recover(str(error))
+            self._come_back(str(error))
         return True
+
+    def _come_back(self, reason: str) -> None:
+        """Recover, however long it takes until the members agree."""
+        while True:
+            try:
+                self.recover(reason)
+            except PeerLost as error:
+                log.error("%s; trying on", error)  # noqa: TRY400 - expected, and told in one line
+            else:
+                return
+
+    def beat(self) -> Beat:
+        """What to tell a supervisor: that this process lives, and that its main thread gets on. From any thread."""
+        within_s = self.pulse.within_s
+        waits = self._epoch.is_entered and self._epoch.groups.waiting(self._thread)
+        if within_s is not None and waits:
+            within_s = max(within_s, self._deadlines.wait_s)
+        return Beat(self.pulse.count, within_s)
 
     @property
     def change_is_wanted(self) -> bool:
@@ -340,12 +373,14 @@ class ElasticRuntime:
             pool.disk,
             self._group_device,
             deadlines=self._deadlines,
+            pulse=self.pulse,
             grow_slots=self._grow_slots,
         )
         newcomer = not self._epoch.is_entered
-        placement, report = recovery.run(self.view, pool.placement.version, reason, newcomer=newcomer)
-        pool.registry.commit(placement)
-        pool.enter(self.view, self.groups)
+        with self.pulse.expects(self._deadlines.progress_s):
+            placement, report = recovery.run(self.view, pool.placement.version, reason, newcomer=newcomer)
+            pool.registry.commit(placement)
+            pool.enter(self.view, self.groups)
         self.handshakes = 0
         pool.balance(self.view, self.groups, changed=True)
         log.info("recovered: %s", report)

@@ -1,18 +1,26 @@
 """What the supervisor of one serving rank does: an engine in the seat, and on a node's first rank a front end."""
 
+import contextlib
 import socket
 import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import zmq
 
 from elastic_moe.config import ServeConfig
 from elastic_moe.group.view import View
 from elastic_moe.membership.launch import Launch, SeatStart
+from elastic_moe.serving.protocol import Hello, Phase, Status, decode_to_front_end, encode
 from elastic_moe.serving.starts import EngineStart, FrontEndStart
 from elastic_moe.supervision.channel import Ready, ViewChanged
 from elastic_moe.supervision.rank_supervisor import SEAT, RankSupervisor
 from elastic_moe.supervision.supervisor import Child, Event, complain
 
 FRONT_END = "front end"
+ANSWER_S = 1.0
+"""How long an engine may take to say that it serves."""
 
 
 class ServeSupervisor(RankSupervisor):
@@ -41,19 +49,23 @@ class ServeSupervisor(RankSupervisor):
     def start_process(self, start: SeatStart) -> Child:
         """See the base."""
         engine = self._supervisor.start(SEAT, [sys.executable, "-m", "elastic_moe.serving.engine.engine"])
-        engine.channel.send(EngineStart(start, self._config))
+        engine.send(EngineStart(start, self._config))
         return engine
 
-    def start_services(self) -> None:
+    def services(self) -> dict[str, Callable[[], Child]]:
         """See the base."""
-        super().start_services()
-        if self._listener is not None:
-            self._start_front_end(self._listener)
+        own = {FRONT_END: self._start_front_end} if self._listener is not None else {}
+        return super().services() | own
+
+    def others_serve(self) -> bool:
+        """See the base."""
+        members = self._view.members if self._view else ()
+        return anybody_serves([m.address for m in members if m.rank != self._launch.rank])
 
     def on_view(self, view: View) -> None:
         """See the base."""
         if front_end := self._supervisor.children.get(FRONT_END):
-            front_end.channel.send(ViewChanged(view))
+            front_end.send(ViewChanged(view))
 
     def on_message(self, event: Event) -> None:
         """See the base."""
@@ -62,16 +74,32 @@ class ServeSupervisor(RankSupervisor):
             sys.stdout.write(f"elastic_moe: node {self._launch.node} serves {name} at {url}\n")
             sys.stdout.flush()
 
-    def on_service_exit(self, event: Event) -> None:
-        """See the base."""
-        super().on_service_exit(event)
-        if event.child == FRONT_END and self._listener is not None:
-            self._start_front_end(self._listener)
-
-    def _start_front_end(self, listener: socket.socket) -> None:
-        fd = listener.fileno()
+    def _start_front_end(self) -> Child:
+        if self._listener is None:
+            raise RuntimeError("only a node's first rank has a front end")
+        fd = self._listener.fileno()
         command = [sys.executable, "-m", "elastic_moe.serving.front_end.process", "--listen-fd", str(fd)]
         front_end = self._supervisor.start(FRONT_END, command, pass_fds=[fd])
-        front_end.channel.send(FrontEndStart(self._config, self._launch.node))
+        front_end.send(FrontEndStart(self._config, self._launch.node))
         if self._view is not None:
-            front_end.channel.send(ViewChanged(self._view))
+            front_end.send(ViewChanged(self._view))
+        return front_end
+
+
+def anybody_serves(addresses: Sequence[str]) -> bool:
+    """Whether an engine at one of these endpoints says that it serves, within `ANSWER_S`."""
+    context, poller = zmq.Context.instance(), zmq.Poller()
+    with contextlib.ExitStack() as stack:
+        for address in addresses:
+            socket = stack.enter_context(context.socket(zmq.DEALER))
+            socket.setsockopt(zmq.LINGER, 0)
+            socket.connect(address)
+            socket.send(encode(Hello("supervisor")))
+            poller.register(socket, zmq.POLLIN)
+        end = time.monotonic() + ANSWER_S
+        while addresses and (left := end - time.monotonic()) > 0:
+            for socket, _ in poller.poll(left * 1000):
+                answer = decode_to_front_end(socket.recv())
+                if isinstance(answer, Status) and answer.phase is Phase.SERVING:
+                    return True
+    return False

@@ -3,6 +3,7 @@
 The end of file on either side is the death of the other: the kernel says so at once, whatever way it died.
 """
 
+import os
 import socket
 import threading
 
@@ -10,15 +11,18 @@ import msgspec
 
 from elastic_moe.group.view import View
 
+READ_BYTES = 1 << 16
+
 
 class Beat(msgspec.Struct, tag="beat", frozen=True):
-    """Child -> supervisor, about twice a second: it lives. `progress` rises with every bit of work done.
+    """Child -> supervisor, every `Deadlines.beat_s`: it lives.
 
-    `working` is False while the child legitimately waits: asleep, or for a peer inside a call with a deadline.
+    `progress` rises with every bit of work done. `within_s`: how many seconds what it does now may take until there is
+    more; None while it waits for something that may never come.
     """
 
     progress: int
-    working: bool
+    within_s: float | None
 
 
 class ViewChanged(msgspec.Struct, tag="view", frozen=True):
@@ -47,22 +51,29 @@ ToSupervisor = Ready | Refused | ViewChanged | Beat | Done
 
 
 class Channel:
-    """One end. `send` may be called from any thread, `receive` from one; both block briefly at most."""
+    """One end. `send` may be called from any thread, the others from one."""
 
     def __init__(self, sock: socket.socket, incoming: object) -> None:
         """`incoming` is the union of messages this end receives; the supervisor's is `ToSupervisor`."""
         self._sock = sock
         self._lock = threading.Lock()
-        self._lines = sock.makefile("rb")
+        self._read = b""
         self._decode = msgspec.json.Decoder(incoming).decode  # pyright: ignore[reportArgumentType]
 
     @classmethod
     def of_child(cls, fd: int, incoming: object) -> "Channel":
-        """The child's end, from the file descriptor number its supervisor passed on the command line."""
+        """The child's end, from the file descriptor number its supervisor passed on the command line. What the child
+        starts does not get it."""
+        os.set_inheritable(fd, False)
         return cls(socket.socket(fileno=fd), incoming)
 
+    def fileno(self) -> int:
+        """For polling."""
+        return self._sock.fileno()
+
     def send(self, message: msgspec.Struct) -> bool:
-        """Send one message. False when the other side has died (`receive` tells of that, not this)."""
+        """Send one message; blocks while the other side does not read. False when it has died (`receive` tells of that,
+        not this)."""
         with self._lock:
             try:
                 self._sock.sendall(msgspec.json.encode(message) + b"\n")
@@ -70,17 +81,27 @@ class Channel:
                 return False
         return True
 
-    def receive(self) -> object | None:
-        """The next message, or None when the other side has died or closed. Blocks until one of these."""
-        try:
-            line = self._lines.readline()
-        except OSError:
-            return None
-        return self._decode(line) if line else None
+    def receive(self, *, wait: bool = True) -> object | None:
+        """The next message, or None when the other side has died or closed. Blocks until one of these.
+
+        Raises:
+            BlockingIOError: with `wait` false, none of these is the case.
+        """
+        while b"\n" not in self._read:
+            try:
+                part = self._sock.recv(READ_BYTES, 0 if wait else socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                raise
+            except OSError:
+                return None
+            if not part:
+                return None
+            self._read += part
+        line, _, self._read = self._read.partition(b"\n")
+        return self._decode(line)
 
     def close(self) -> None:
         """Close this end; the other side reads the end of file."""
-        self._lines.close()
         self._sock.close()
 
 

@@ -1,19 +1,20 @@
 """The supervisor of one rank: it keeps a process in the seat, tells the others when that dies, and starts it again."""
 
-import math
 import sys
 import time
+from collections.abc import Callable
 
 from elastic_moe.deadlines import Deadlines
 from elastic_moe.group.view import View
 from elastic_moe.membership.launch import Launch, SeatStart, host_of
 from elastic_moe.membership.signals import PeerDied, SignalSender
+from elastic_moe.supervision.busy import busy_ns
 from elastic_moe.supervision.channel import Beat, Refused, ViewChanged
 from elastic_moe.supervision.ports import lasting_port
-from elastic_moe.supervision.supervisor import Child, Event, EventKind, Supervisor, complain
-from elastic_moe.supervision.watch import HangWatch, Respawns
+from elastic_moe.supervision.supervisor import Child, Event, EventKind, Supervisor, complain, end_with_parent
+from elastic_moe.supervision.watch import MAX_BACKOFF_S, HangWatch, Respawns, ServiceHealth
 
-POLL_S = 0.25
+POLL_S = 0.1
 """How often a supervisor looks whether a process hangs or is to be started, when nothing happens."""
 SEAT, LIGHTHOUSE = "process", "lighthouse"
 
@@ -32,14 +33,20 @@ class RankSupervisor:
         self._lighthouse = f"http://{host}:{lasting_port(host)}" if keeps_lighthouse else ""
         self._view: View | None = None
         self._refused = ""
-        self._started = 0.0
+        self._joined_at: float | None = None
+        self._has_process = False
         self._respawn_at: float | None = None
+        self._services_due: dict[str, float] = {}
+        self._health: dict[str, ServiceHealth] = {}
         self._respawns = Respawns(max_quick_deaths)
-        self._hang_watch = HangWatch(deadlines.hang_s or math.inf)
+        self._hang_watch = HangWatch(deadlines)
 
     def run(self) -> int:
         """Keep the children going until a signal comes, the rank cannot start, or its work is done."""
-        self.start_services()
+        if self._launch.store:
+            end_with_parent()  # torchrun's agent
+        for name in self.services():
+            self._start_service(name)
         self._start_process()
         try:
             while (code := self._turn()) is None:
@@ -53,21 +60,15 @@ class RankSupervisor:
         """Start the process of this rank, named `SEAT`, and tell it who it is."""
         raise NotImplementedError
 
-    def start_services(self) -> None:
-        """Start what stands beside the rank."""
-        if self._lighthouse:
-            self._start_lighthouse()
+    def services(self) -> dict[str, Callable[[], Child]]:
+        """What stands beside the rank: by name, how it is started. Each is started again when it dies."""
+        return {LIGHTHOUSE: self._start_lighthouse} if self._lighthouse else {}
 
     def on_view(self, view: View) -> None:
         """The members of the group have changed."""
 
     def on_message(self, event: Event) -> None:
         """A child says something of no concern to the seat."""
-
-    def on_service_exit(self, event: Event) -> None:
-        """A service has exited: it is started again."""
-        if event.child == LIGHTHOUSE:
-            self._start_lighthouse()
 
     def is_loss(self) -> bool:
         """Whether the others lose a member when the process ends now."""
@@ -82,9 +83,9 @@ class RankSupervisor:
             return 1
         return None
 
-    def on_given_up(self) -> int | None:
-        """It died too often. Returns the exit code if the supervisor exits too, else it stays."""
-        return None
+    def others_serve(self) -> bool:
+        """Whether another rank does the work of the group, so that this one may go on trying."""
+        return False
 
     def _turn(self) -> int | None:
         event = self._supervisor.next_event(POLL_S)
@@ -93,6 +94,8 @@ class RankSupervisor:
             return code
         if self._respawn_at is not None and now >= self._respawn_at:
             self._start_process()
+        for name in [name for name, at in self._services_due.items() if now >= at]:
+            self._start_service(name)
         self._watch(now)
         return None
 
@@ -108,39 +111,63 @@ class RankSupervisor:
             case EventKind.EXIT:
                 if event.child == SEAT:
                     return self._replace(event.code, now)
-                self.on_service_exit(event)
+                return self._replace_service(event, now)
         return None
 
     def _replace(self, code: int, now: float) -> int | None:
         """The process has exited with `code`. Returns the exit code if this rank does too."""
+        self._has_process = False
         if (end := self.on_exit(code)) is not None:
             return end
-        return None if self._plan_respawn(code, now) else self.on_given_up()
+        served_s = 0.0 if self._joined_at is None else now - self._joined_at
+        wait_s = self._respawns.after_death(served_s)
+        why = self._refused or f"the process died with code {code}"
+        if (self._respawns.is_hopeless or self._refused) and not self.others_serve():
+            why = self._refused or self._respawns.reason
+            complain(f"rank {self._launch.rank}: {why}, and no other rank serves: the launch ends", None)
+            return 1
+        if self._refused:  # of what it cannot serve with now; somebody may mend it
+            self._refused, wait_s = "", MAX_BACKOFF_S
+        self._respawn_at = now + wait_s
+        complain(f"rank {self._launch.rank}: {why}; respawn in {wait_s:g} s", None)
+        return None
+
+    def _replace_service(self, event: Event, now: float) -> int | None:
+        """A service has exited: it is started again, later if it dies at its start. Returns the exit code if it can
+        never work."""
+        name, health = event.child, self._health[event.child]
+        if health.refused and not health.has_worked:
+            self._refused = health.refused
+            return 2
+        why, wait_s = health.refused or f"died with code {event.code}", health.after_death(now)
+        complain(f"node {self._launch.node}: the {name}: {why}; started again in {wait_s:g} s", None)
+        if health.is_hopeless:
+            return 1
+        self._services_due[name] = now + wait_s
+        return None
+
+    def _start_service(self, name: str) -> None:
+        self._services_due.pop(name, None)
+        self._health.setdefault(name, ServiceHealth()).begin(time.monotonic())
+        self.services()[name]()
 
     def _hear(self, event: Event, now: float) -> None:
+        if event.child != SEAT:
+            self._health[event.child].hear(event.message)
+            self.on_message(event)
+            return
         match event.message:
             case Beat() as beat:
                 self._hang_watch.hear(beat, now)
             case ViewChanged(view=view):
                 self._view = view
+                self._joined_at = self._joined_at or now
                 self._sender.connect(m.signals for m in view.members if m.rank != self._launch.rank)
                 self.on_view(view)
             case Refused(reason=reason):
                 self._refused = reason
             case _:
                 self.on_message(event)
-
-    def _plan_respawn(self, code: int, now: float) -> bool:
-        rank = self._launch.rank
-        self._hang_watch.forget()
-        wait_s = self._respawns.after_death(now - self._started)
-        if self._refused or wait_s is None:
-            reason = self._refused or self._respawns.reason
-            complain(f"rank {rank}: given up ({reason}); the others go on without it", None)
-            return False
-        self._respawn_at = now + wait_s
-        complain(f"rank {rank}: the process died with code {code}; respawn in {wait_s:g} s", None)
-        return True
 
     def _announce_death(self) -> None:
         """Tell all members, in milliseconds, that this rank's process died."""
@@ -150,21 +177,23 @@ class RankSupervisor:
             self._sender.tell(others, PeerDied(mine.rank, mine.incarnation))
 
     def _watch(self, now: float) -> None:
-        """Kill a process that is alive but gets nowhere: stopped, or stuck outside every call with a deadline."""
+        """Kill a process that is alive but gets nowhere."""
         process = self._supervisor.children.get(SEAT)
-        if process is not None and (how := self._hang_watch.verdict(now)):
+        if process is None or not self._has_process:
+            return
+        if how := self._hang_watch.verdict(now, busy_ns(process.pid)):
             complain(f"rank {self._launch.rank}: the process (pid {process.pid}) is {how}; killing it", None)
-            self._hang_watch.forget()
+            self._hang_watch.begin(now)
             process.kill()
 
     def _start_process(self) -> None:
-        self._respawn_at, self._started = None, time.monotonic()
-        self._hang_watch.forget()
+        self._respawn_at, self._joined_at, self._has_process = None, None, True
+        self._hang_watch.begin(time.monotonic())
         self.start_process(SeatStart(self._launch, self._lighthouse, self._signals_port, self._view))
 
-    def _start_lighthouse(self) -> None:
+    def _start_lighthouse(self) -> Child:
         wait_ms, beat_ms = self._deadlines.lighthouse_wait_s * 1000, self._deadlines.heartbeat_timeout_s * 1000
         command = [sys.executable, "-m", "elastic_moe.supervision.lighthouse"]
         command += ["--bind", self._lighthouse.removeprefix("http://")]
         command += ["--join-timeout-ms", f"{wait_ms:.0f}", "--heartbeat-timeout-ms", f"{beat_ms:.0f}"]
-        self._supervisor.start(LIGHTHOUSE, command)
+        return self._supervisor.start(LIGHTHOUSE, command)

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Callable
 
 from elastic_moe.background import end_process, start_thread
 from elastic_moe.group.view import View
@@ -36,19 +37,16 @@ class Supervised:
         """This rank has done all its work: however the process ends from now on, it is not started again."""
         self._channel.send(Done())
 
-    def begin(self, view: View, beat_s: float) -> None:
-        """Die with the supervisor from now on, and let it see every `beat_s` seconds that this process lives, in `view`
-        if it is a member.
-
-        What a script does between its steps is its own business, so it is watched for its beats only, not for progress.
-        """
+    def begin(self, view: View, beat: Callable[[], Beat], beat_s: float) -> None:
+        """Die with the supervisor from now on, and let it see every `beat_s` seconds that this process lives and gets
+        on, in `view` if it is a member. What a script does between its steps is its own business."""
         if self.start.rejoin is None:
             self.tell_view(view)
         start_thread("supervisor", die_with_supervisor, self._channel, on_error=end_process)
-        start_thread("beat", self._beat, beat_s, on_error=end_process)
+        start_thread("beat", self._beat, beat, beat_s, on_error=end_process)
 
-    def _beat(self, beat_s: float) -> None:
-        while self._channel.send(Beat(0, working=False)):
+    def _beat(self, beat: Callable[[], Beat], beat_s: float) -> None:
+        while self._channel.send(beat()):
             time.sleep(beat_s)
 
 

@@ -8,13 +8,17 @@ import ctypes
 import enum
 import os
 import queue
+import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+import msgspec
 
 from elastic_moe.background import start_thread
 from elastic_moe.supervision.channel import channel_pair
@@ -83,14 +87,51 @@ class Child:
                 start_new_session=True,
                 preexec_fn=die_with_parent,
             )
+        self._outbox: dict[type, msgspec.Struct] = {}
+        self._outbox_changed = threading.Condition()
+        self._is_over = False
         start_thread(f"watch {name}", self._watch, events, on_error=lambda _error: self._give_up(events))
+        start_thread(f"write {name}", self._write, on_error=lambda _error: self.kill())
+
+    def send(self, message: msgspec.Struct) -> None:
+        """Send a message without waiting. While the child does not read, only the newest of each kind is kept."""
+        with self._outbox_changed:
+            self._outbox[type(message)] = message
+            self._outbox_changed.notify()
+
+    def _write(self) -> None:
+        while True:
+            with self._outbox_changed:
+                self._outbox_changed.wait_for(lambda: self._outbox or self._is_over)
+                if self._is_over:
+                    return
+                message = self._outbox.pop(next(iter(self._outbox)))
+            if not self.channel.send(message):
+                return
 
     def _watch(self, events: "queue.SimpleQueue[Event]") -> None:
-        while (message := self.channel.receive()) is not None:
-            events.put(Event(EventKind.MESSAGE, self.name, message))
+        """Pass its messages on until it dies. The end of the channel says so first; but who was forked from the child
+        may hold that open, and then the kernel's word of the process itself comes in time."""
+        life = os.pidfd_open(self._process.pid)
+        poll = select.poll()
+        poll.register(self.channel.fileno(), select.POLLIN)
+        poll.register(life, select.POLLIN)
+        try:
+            alive = True
+            while alive:
+                alive = life not in [fd for fd, _ in poll.poll()]
+                with contextlib.suppress(BlockingIOError):
+                    while (message := self.channel.receive(wait=False)) is not None:
+                        events.put(Event(EventKind.MESSAGE, self.name, message))
+                    alive = False
+        finally:
+            os.close(life)
         self._tell_death(events)
 
     def _tell_death(self, events: "queue.SimpleQueue[Event]") -> None:
+        with self._outbox_changed:
+            self._is_over = True
+            self._outbox_changed.notify()
         events.put(Event(EventKind.DYING, self.name))
         events.put(Event(EventKind.EXIT, self.name, code=self._process.wait()))
 
@@ -166,3 +207,8 @@ def complain(line: str, folder: Path | None) -> None:
             return
     sys.stderr.write(f"elastic_moe: {line}\n")
     sys.stderr.flush()
+
+
+def end_with_parent() -> None:
+    """Have this process get SIGTERM when its parent dies: of torchrun's agent nothing must be left."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

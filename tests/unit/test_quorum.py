@@ -19,6 +19,7 @@ from elastic_moe.membership.quorum import Membership
 WAIT_S = 10.0
 NOBODY = "http://127.0.0.1:9"
 FAST = Deadlines(
+    progress_s=9.0,
     heartbeat_s=0.02,
     heartbeat_timeout_s=4.0,  # so that who dies is left out early by a vote alone
     settle_s=0.1,

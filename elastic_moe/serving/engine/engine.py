@@ -21,6 +21,7 @@ from elastic_moe.integrations.transformers import LoadTimer, elasticize, find_ex
 from elastic_moe.membership.launch import Launch, host_of
 from elastic_moe.membership.signals import Wake
 from elastic_moe.placement.placement import Placement, initial_placement
+from elastic_moe.pulse import Pulse
 from elastic_moe.runtime import ElasticRuntime
 from elastic_moe.runtime.initial_placement import read_loads
 from elastic_moe.serving.engine.batching import Batcher
@@ -53,6 +54,8 @@ class Engine:
         self._phase, self._reason = Phase.LOADING, ""
         self._load_seconds = 0.0
         self._process = psutil.Process()
+        self._pulse = Pulse(self._deadlines.start_s)
+        start_thread("beat", self._beat, on_error=end_process)
         self._woken_for = 0
         self._asleep = False
         self._pending = False
@@ -83,7 +86,7 @@ class Engine:
             log.info("warmed up in %.1f s, %d CUDA graphs", time.monotonic() - begin, self._batcher.num_captures)
         self._num_slots = self.runtime.pool.placement.slots_per_rank
         self.runtime.on_placement_changed.append(self._follow_placement)
-        start_thread("beat", self._beat, on_error=self.runtime.fail)
+        self._pulse.within_s = self._deadlines.progress_s
 
     def _join(self, device: torch.device) -> ElasticRuntime:
         elastic = self._config.elastic
@@ -93,7 +96,9 @@ class Engine:
             address=self._mailbox.address,
             start_timeout_s=self._deadlines.start_s,
             exchange_timeout_s=self._deadlines.exchange_s,
-            silence_timeout_s=self._deadlines.ring_s,
+            progress_timeout_s=self._deadlines.progress_s,
+            hang_timeout_s=self._deadlines.hang_s,
+            pulse=self._pulse,
             lighthouses=[url for url in elastic.lighthouse.split(",") if url],
             grow_slots=elastic.grow_slots,
             eplb=self._config.eplb,
@@ -109,6 +114,7 @@ class Engine:
 
             def progress(done: int, total: int) -> None:
                 timer(done, total)
+                self._pulse.beat()
                 bar.update(task, completed=done, total=total)
 
             model = elasticize(
@@ -128,11 +134,7 @@ class Engine:
         self.runtime.pool.join_idle()
 
     def run(self) -> None:
-        """Serve until the process ends. All ranks go through the same handshakes and the same MoE layers.
-
-        Raises:
-            PeerLost: no agreement with anybody within a minute.
-        """
+        """Serve until the process ends. All ranks go through the same handshakes and the same MoE layers."""
         if self._seat.rejoin is not None:
             self._recover("joining")
         self._serving()
@@ -174,9 +176,9 @@ class Engine:
             try:
                 report = self.runtime.recover(reason)
                 break
-            except (NotEnoughSlots, TransferFailed) as error:
+            except (NotEnoughSlots, TransferFailed, PeerLost) as error:
                 self._phase, self._reason = Phase.UNAVAILABLE, str(error)
-                log.error("%s; waiting for a rank to join", error)  # noqa: TRY400 - expected, and told in one line
+                log.error("%s; trying on", error)  # noqa: TRY400 - expected, and told in one line
                 self._mailbox.announce()
                 self._wait_for_change(math.inf if isinstance(error, NotEnoughSlots) else SOURCES_AGAIN_S)
                 reason = "the group changes, or tries again"
@@ -189,7 +191,7 @@ class Engine:
         """Take mail until the group changes or the time is over."""
         end = time.monotonic() + at_most_s
         while not self.runtime.change_is_wanted and (left := end - time.monotonic()) > 0:
-            with contextlib.suppress(queue.Empty):
+            with contextlib.suppress(queue.Empty), self._pulse.expects(None):
                 self._take(self._mailbox.inbox.get(timeout=min(left, SOURCES_AGAIN_S)))
 
     def _follow_placement(self, placement: Placement) -> None:
@@ -208,7 +210,8 @@ class Engine:
         while True:
             sleeping = self._asleep and not self._must_wake()
             try:
-                message = self._mailbox.inbox.get(block=sleeping)
+                with self._pulse.expects(None if sleeping else self._pulse.within_s):
+                    message = self._mailbox.inbox.get(block=sleeping)
             except queue.Empty:
                 return
             self._take(message)
@@ -240,11 +243,11 @@ class Engine:
             self._mailbox.inbox.put(None)
 
     def _beat(self) -> None:
-        """Tell the supervisor twice a second that this process lives, and whether it gets on."""
+        """Tell the supervisor that this process lives and gets on, from its start."""
         while True:
-            groups_wait = self._phase is not Phase.SERVING or self.runtime.groups.waiting
-            progress = self.runtime.handshakes + self.runtime.steps + self.runtime.pool.balancer.progress
-            if not self._channel.send(Beat(progress, working=not (self._asleep or groups_wait))):
+            runtime = getattr(self, "runtime", None)
+            beat = runtime.beat() if runtime else Beat(self._pulse.count, self._pulse.within_s)
+            if not self._channel.send(beat):
                 return
             time.sleep(self._deadlines.beat_s)
 

@@ -5,6 +5,7 @@ import logging
 import msgspec
 import zmq
 import zmq.asyncio
+from zmq.utils.monitor import recv_monitor_message
 
 from elastic_moe.group.view import Member
 from elastic_moe.serving.front_end.routing import STATUS_MAX_AGE_S, RankLoad
@@ -27,6 +28,7 @@ class EngineLink:
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.SNDHWM, 0)  # no limit: what is on its way is bounded by server.max_waiting
         self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._socket.connect(member.address)
 
     def send(self, message: ToEngine) -> None:
@@ -43,6 +45,12 @@ class EngineLink:
                 return decode_to_front_end(frame)
             except msgspec.MsgspecError as error:
                 logger.error("rank %d sent a message that cannot be read: %s", self.member.rank, error)  # noqa: TRY400
+
+    async def lost(self) -> None:
+        """Wait until the connection to the engine ends: it has died, or its host says so. Until the next report nothing
+        is given to it."""
+        await recv_monitor_message(self._monitor)
+        self.status = None
 
     def heard(self, status: Status, now_s: float) -> None:
         """Keep a report, unless it is another process's."""
@@ -61,4 +69,6 @@ class EngineLink:
 
     def close(self) -> None:
         """Disconnect; what was not sent yet is dropped."""
+        self._socket.disable_monitor()
+        self._monitor.close()
         self._socket.close()

@@ -117,7 +117,7 @@ class Gateway:
         self._links: dict[int, EngineLink] = {}
         self.balance = BalanceDesk(eplb_mode, self._links)
         """Rebalances that clients ask for, and loads."""
-        self._listeners: dict[int, asyncio.Task[None]] = {}
+        self._listeners: dict[int, list[asyncio.Task[None]]] = {}
         self._journal = Journal()
         self.events = EventLog(metrics)
         """The recoveries that engines told of."""
@@ -172,7 +172,9 @@ class Gateway:
                 self._unlink(rank)
         for rank in members.keys() - self._links.keys():
             link = self._links[rank] = EngineLink(self._context, members[rank])
-            self._listeners[rank] = self._tasks.create_task(self._listen(link))
+            self._listeners[rank] = [
+                self._tasks.create_task(work) for work in (self._listen(link), self._notice_loss(link))
+            ]
             link.send(Hello(self._name))
             self.balance.greet(link)
         orphans = self._journal.orphans(view)
@@ -268,7 +270,8 @@ class Gateway:
             link.send(Cancel(entry.request_id))
 
     def _unlink(self, rank: int) -> None:
-        self._listeners.pop(rank).cancel()
+        for listener in self._listeners.pop(rank):
+            listener.cancel()
         self._links.pop(rank).close()
 
     async def _greet(self) -> None:
@@ -292,6 +295,11 @@ class Gateway:
                 link.heard(message, time.monotonic())
                 self._follow(message)
                 self._ranks_changed()
+
+    async def _notice_loss(self, link: EngineLink) -> None:
+        while True:
+            await link.lost()
+            logger.info("the connection to rank %d has ended", link.member.rank)
 
     def _follow(self, status: Status) -> None:
         """An engine may know of a newer view before the supervisor says so (its own engine may be the dead one)."""

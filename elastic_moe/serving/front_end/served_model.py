@@ -39,8 +39,8 @@ class ServedModel:
         try:
             text_config = AutoConfig.from_pretrained(path, local_files_only=True).get_text_config()
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        except (OSError, ValueError, ImportError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except Exception as error:  # of any type: the tokenizers library raises plain ones
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ValueError(f"model.path={path!r}: its config or tokenizer cannot be read: {reason}") from error
         if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of a folder without one
             raise ValueError(f"model.path={path!r}: it has no tokenizer files, such as tokenizer.json")
