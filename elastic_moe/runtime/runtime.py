@@ -63,8 +63,7 @@ class ElasticRuntime:
         *,
         start_timeout_s: float = 120.0,
         exchange_timeout_s: float = 15.0,
-        progress_timeout_s: float = 1.5,
-        hang_timeout_s: float | None = None,
+        deadlines: Deadlines | None = None,
         lighthouses: Sequence[str] = (),
         grow_slots: bool = True,
         eplb: EplbConfig | None = None,
@@ -75,7 +74,7 @@ class ElasticRuntime:
 
         A member builds the groups of `view` here, together with all others; a newcomer gets its first ones by
         `recover`, once it holds what it brings. `eplb`: how experts are balanced; `exchange`: how tokens travel;
-        `pulse`: beats with all that this rank does.
+        `pulse`: beats with all that this rank does; `deadlines`: all of them, instead of the two.
         """
         self.seat = seat
         self.rank = seat.member.rank
@@ -92,12 +91,8 @@ class ElasticRuntime:
         """Called, in another thread, when the group is about to change: a rank that sleeps outside must come."""
         self._topology = topology
         self._latch = Latch()
-        self._deadlines = Deadlines.of(
-            topology.num_ranks,
-            exchange_s=exchange_timeout_s,
-            start_s=start_timeout_s,
-            progress_s=progress_timeout_s,
-            hang_s=hang_timeout_s,
+        self._deadlines = deadlines or Deadlines.of(
+            topology.num_ranks, exchange_s=exchange_timeout_s, start_s=start_timeout_s
         )
         self._grow_slots = grow_slots
         self._eplb = eplb or EplbConfig()
@@ -106,7 +101,7 @@ class ElasticRuntime:
         self._group_device = torch.device("cpu") if symmetric else device
         self._membership = Membership(seat.member, lighthouses or view.lighthouses, self._deadlines, self.fail)
         self._epoch = CurrentEpoch(seat.member, view, seat.signals, self._membership, lambda: self.on_change())
-        self._exchanges = exchanges_of(exchange, seat.member, topology.num_ranks, device, exchange_timeout_s)
+        self._exchanges = exchanges_of(exchange, seat.member, topology.num_ranks, device, self._deadlines.exchange_s)
         self._pool: ExpertPool | None = None
         self._weight_server: WeightServer | None = None
         self._supervised: Supervised | None = None
@@ -267,8 +262,7 @@ class ElasticRuntime:
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
         """One forward, in one epoch and one placement version. Counted in `steps` when it finishes."""
-        waits = self.device.type == "cuda"  # for others, inside of kernels
-        with self.pulse.expects(self._deadlines.wait_s if waits else self.pulse.within_s):
+        with self.pulse.expects(self._deadlines.wait_s if self.device.type == "cuda" else self.pulse.within_s):
             yield
             self.pool.exchange.check()
         self.steps += 1
@@ -341,8 +335,7 @@ class ElasticRuntime:
     def beat(self) -> Beat:
         """What to tell a supervisor: that this process lives, and that its main thread gets on. From any thread."""
         within_s = self.pulse.within_s
-        waits = self._epoch.is_entered and self._epoch.groups.waiting(self._thread)
-        if within_s is not None and waits:
+        if within_s is not None and self._epoch.is_entered and self.groups.waiting(self._thread):
             within_s = max(within_s, self._deadlines.wait_s)
         return Beat(self.pulse.count, within_s)
 

@@ -98,7 +98,7 @@ def anybody_serves(addresses: Sequence[str]) -> bool:
             poller.register(socket, zmq.POLLIN)
         end = time.monotonic() + ANSWER_S
         while addresses and (left := end - time.monotonic()) > 0:
-            for socket, _ in poller.poll(left * 1000):
+            for socket, _ in poller.poll(int(left * 1000) + 1):
                 answer = decode_to_front_end(socket.recv())
                 if isinstance(answer, Status) and answer.phase is Phase.SERVING:
                     return True

@@ -8,6 +8,8 @@ import ctypes
 import os
 import threading
 
+from elastic_moe.background import start_thread
+
 _SEIZE, _INTERRUPT = 0x4206, 0x4207
 _ANY_THREAD = 0x40000000
 """__WALL of wait(2)."""
@@ -22,7 +24,8 @@ def hang_main_thread(pid: int) -> None:
         ProcessLookupError: there is no such process.
         PermissionError: it may not be traced.
     """
-    stopped, failed = threading.Event(), []
+    stopped = threading.Event()
+    failed: list[BaseException] = []
 
     def trace() -> None:  # every call has to come from the thread that made the first
         try:
@@ -37,7 +40,7 @@ def hang_main_thread(pid: int) -> None:
             if os.WIFEXITED(status) or os.WIFSIGNALED(status):
                 return
 
-    threading.Thread(target=trace, name=f"trace {pid}", daemon=True).start()
+    start_thread(f"trace {pid}", trace, on_error=failed.append)
     stopped.wait()
     if failed:
         raise failed[0]

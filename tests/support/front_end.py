@@ -230,7 +230,8 @@ async def front_end(config: ServeConfig, *, http: bool = False) -> AsyncIterator
                     engine.close()
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    """Wait for `condition`; the test's deadline bounds it."""
-    while not condition():
-        await asyncio.sleep(0.005)
+async def until(condition: Callable[[], bool], within_s: float | None = None) -> None:
+    """Wait for `condition`, `within_s` seconds at most; else the test's deadline bounds it."""
+    async with asyncio.timeout(within_s):
+        while not condition():
+            await asyncio.sleep(0.005)

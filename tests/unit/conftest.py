@@ -1,11 +1,18 @@
-"""What tests of the front end share: a checkpoint folder without weights, and the configuration that serves it."""
+"""What tests share: of the front end a checkpoint without weights, of the batcher a tiny model and what it says."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from support.batching import NEW_TOKENS, PROMPTS
+from support.families import FAMILIES, build
 from support.front_end import make_checkpoint, make_config
 
 from elastic_moe.config import ServeConfig
+from elastic_moe.integrations.transformers import elasticize
+from elastic_moe.membership.launch import Launch
+from elastic_moe.runtime import ElasticRuntime
 
 
 @pytest.fixture
@@ -22,3 +29,22 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def config(checkpoint: Path) -> ServeConfig:
     return make_config(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[torch.nn.Module]:
+    runtime = ElasticRuntime.join(Launch(), device=torch.device("cpu"))
+    yield elasticize(build(FAMILIES["qwen3_moe"]()), runtime).eval()
+    runtime.close()
+
+
+@pytest.fixture(scope="module")
+def greedy() -> dict[str, list[int]]:
+    """What transformers' own generate makes of each prompt alone."""
+    alone = build(FAMILIES["qwen3_moe"]())
+    return {
+        name: alone.generate(
+            torch.tensor([prompt]), max_new_tokens=NEW_TOKENS[name], do_sample=False, eos_token_id=None
+        )[0, len(prompt) :].tolist()
+        for name, prompt in PROMPTS.items()
+    }

@@ -1,21 +1,15 @@
 """Batcher on one rank, with a tiny random model: which tokens come out, whatever happens on the way."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
+from support.batching import NEW_TOKENS, PROMPTS, Harness
 from support.families import FAMILIES, build
 
-from elastic_moe.config import ServingConfig
-from elastic_moe.errors import BatchFailed
 from elastic_moe.integrations.transformers import elasticize
 from elastic_moe.membership.launch import Launch
 from elastic_moe.runtime import ElasticRuntime
-from elastic_moe.serving.engine.batching import BROKEN_AFTER, Batcher
-from elastic_moe.serving.protocol import Sampling, Submit
+from elastic_moe.serving.protocol import Sampling
 
-PAGE = 8
-PROMPTS = {"a": [5, 6, 7], "b": list(range(10, 41)), "c": [9] * 17, "d": [40, 3, 40]}
 REQUIRED = ("deepseek_v2", "deepseek_v3", "gpt_oss", "mixtral")
 NOT_SERVED = {
     "axk2", "bailing_hybrid", "deepseek_v32", "deepseek_v4", "dots3_note_text", "glm_moe_dsa", "granitemoehybrid",
@@ -23,73 +17,6 @@ NOT_SERVED = {
     "nemotron_h", "qwen3_5_moe_text", "qwen3_next", "qwen4_exp_text", "zaya",
 }  # fmt: skip
 """Continuous batching of transformers 5.23 cannot cache their layers, or not run them (mimo_v2_flash)."""
-NEW_TOKENS = {"a": 12, "b": 5, "c": 20, "d": 1}
-
-
-@pytest.fixture(scope="module")
-def model() -> Iterator[torch.nn.Module]:
-    runtime = ElasticRuntime.join(Launch(), device=torch.device("cpu"))
-    yield elasticize(build(FAMILIES["qwen3_moe"]()), runtime).eval()
-    runtime.close()
-
-
-@pytest.fixture(scope="module")
-def greedy() -> dict[str, list[int]]:
-    """What transformers' own generate makes of each prompt alone."""
-    alone = build(FAMILIES["qwen3_moe"]())
-    return {
-        name: alone.generate(
-            torch.tensor([prompt]), max_new_tokens=NEW_TOKENS[name], do_sample=False, eos_token_id=None
-        )[0, len(prompt) :].tolist()
-        for name, prompt in PROMPTS.items()
-    }
-
-
-class Harness:
-    """A batcher, with what it delivered: tokens by request, checked to be without gaps, and how each one ended."""
-
-    def __init__(self, model: torch.nn.Module, eos: tuple[int, ...] = (), **settings: object) -> None:
-        config = ServingConfig(**({"page_size": PAGE, "kv_cache_tokens": 512, "max_batch_tokens": 16} | settings))
-        self.batcher = Batcher(model, config, eos, self._deliver)
-        self.tokens: dict[str, list[int]] = {}
-        self.finish: dict[str, str] = {}
-        self.errors: dict[str, str] = {}
-        self.num_batches = 0
-
-    def submit(self, name: str, **settings: object) -> None:
-        self.batcher.submit(Submit(**({
-            "request_id": name, "tokens": PROMPTS[name], "num_generated": 0, "max_new_tokens": NEW_TOKENS[name],
-        } | settings)))  # fmt: skip
-
-    def step(self, num_forwards: int = 1) -> bool:
-        if not self.batcher.prepare():
-            return False
-        self.num_batches += 1
-        try:
-            for _ in range(num_forwards):
-                self.batcher.forward()
-        except BatchFailed:
-            return True
-        self.batcher.commit()
-        return True
-
-    def run(self, num_forwards: int = 1) -> dict[str, list[int]]:
-        for _ in range(1000):
-            if not self.batcher.has_requests:
-                return self.tokens
-            self.step(num_forwards)
-        raise AssertionError("requests are left")
-
-    def _deliver(self, request_id: str, start: int, tokens: list[int], finish: str, error: str) -> None:
-        if error:
-            self.errors[request_id] = error
-        known = self.tokens.setdefault(request_id, [None] * start)
-        assert start == len(known)
-        known += tokens
-        if finish:
-            assert request_id not in self.finish
-            self.finish[request_id] = finish
-        assert bool(error) == (finish == "error")
 
 
 def test_a_mixed_batch_equals_each_request_alone(model, greedy):
@@ -217,131 +144,6 @@ def test_only_whole_pages_count(model):
         harness.submit("a", tokens=[4] * 40, max_new_tokens=17)
     harness.submit("a", tokens=[4] * 40, max_new_tokens=16)
     assert len(harness.run()["a"]) == 16
-
-
-POISON = 77
-
-
-@pytest.fixture
-def poisonous(model, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """A model that cannot take a token with this id; the sizes of the batches that it failed in."""
-    failed: list[int] = []
-    right = model.forward
-
-    def forward(*arguments, **keywords):
-        if (keywords["input_ids"] == POISON).any():
-            failed.append(keywords["input_ids"].numel())
-            raise IndexError("a token that nobody can take\nand more of it")
-        return right(*arguments, **keywords)
-
-    monkeypatch.setattr(model, "forward", forward)
-    return failed
-
-
-@pytest.mark.parametrize("prefix_caching", [True, False])
-def test_a_request_that_fails_its_batch_ends_alone_and_its_neighbours_go_on(model, greedy, poisonous, prefix_caching):
-    harness = Harness(model, prefix_caching=prefix_caching, max_batch_tokens=64)
-    free = harness.batcher._processor.cache.compute_free_capacity()
-    for name in ("a", "b"):
-        harness.submit(name)
-    for _ in range(2):
-        harness.step()
-    harness.submit("d", tokens=[3, POISON, 4])
-    harness.submit("c")
-    assert harness.run() == greedy | {"d": []}
-    assert harness.finish == {"a": "length", "b": "length", "c": "length", "d": "error"}
-    assert harness.errors == {"d": "the model failed: a token that nobody can take"}
-    assert len(poisonous) == 2, "once with the others, once alone"
-    assert poisonous[1] == 3
-    if not prefix_caching:
-        assert harness.batcher._processor.cache.compute_free_capacity() == free
-    assert (harness.batcher.running, harness.batcher.waiting, harness.batcher.has_requests) == (0, 0, False)
-
-
-def test_several_poisonous_ones_end_and_the_others_do_not(model, greedy, poisonous):
-    harness = Harness(model, max_batch_tokens=64)
-    for name in ("x", "y", "z"):
-        harness.submit("a", request_id=name, tokens=[POISON, 4])
-        harness.submit({"x": "a", "y": "b", "z": "c"}[name])
-    assert {name: tokens for name, tokens in harness.run().items() if tokens} == {n: greedy[n] for n in "abc"}
-    assert sorted(harness.errors) == ["x", "y", "z"]
-
-
-def test_a_request_alone_fails_at_once(model, poisonous):
-    harness = Harness(model)
-    harness.submit("a", tokens=[POISON], num_generated=0)
-    harness.run()
-    assert harness.errors.keys() == {"a"}
-    assert len(poisonous) == 1
-
-
-def test_who_comes_or_goes_in_a_trial_has_its_turn(model, greedy, poisonous):
-    harness = Harness(model, max_batch_tokens=64)
-    for name in ("a", "b"):
-        harness.submit(name)
-    harness.submit("d", tokens=[POISON])
-    harness.step()  # fails
-    harness.submit("c")
-    harness.batcher.cancel("b")
-    assert harness.batcher.waiting >= 1
-    found = harness.run()
-    assert found == {"a": greedy["a"], "c": greedy["c"], "d": []}
-
-
-def test_a_request_under_suspicion_runs_alone_until_its_next_token(model, greedy):
-    harness = Harness(model, max_batch_tokens=64)
-    for name in ("a", "b"):
-        harness.submit(name)
-    harness.step()
-    harness.submit("c", alone=True)
-    had = {name: list(tokens) for name, tokens in harness.tokens.items()}
-    harness.step()
-    assert harness.batcher.running == 1
-    assert harness.tokens == had | {"c": greedy["c"][:1]}
-    assert harness.run() == {name: greedy[name] for name in ("a", "b", "c")}
-
-
-def test_what_cannot_be_scheduled_fails_the_requests_not_the_rank(model, greedy, monkeypatch):
-    harness = Harness(model)
-    processor = harness.batcher._processor
-    right = processor.prepare_next_batch
-
-    def prepare() -> bool:
-        ready = right()
-        if any(name.startswith("d/") for name in processor.scheduler.active_requests):
-            raise RuntimeError("No requests can be scheduled and no requests can be offloaded.")
-        return ready
-
-    monkeypatch.setattr(processor, "prepare_next_batch", prepare)
-    for name in ("a", "d", "b"):
-        harness.submit(name)
-    assert harness.run() == {"a": greedy["a"], "b": greedy["b"], "d": []}
-    assert harness.errors == {"d": "the model failed: No requests can be scheduled and no requests can be offloaded."}
-
-
-def test_a_rank_that_fails_whatever_it_runs_ends(model, monkeypatch):
-    def broken(*_arguments, **_keywords):
-        raise ZeroDivisionError
-
-    monkeypatch.setattr(model, "forward", broken)
-    harness = Harness(model)
-    for number in range(BROKEN_AFTER):
-        harness.submit("a", request_id=f"{number}")
-        harness.run()
-    harness.submit("a")
-    with pytest.raises(ZeroDivisionError):
-        harness.run()
-
-
-def test_a_broken_device_ends_the_rank(model, monkeypatch):
-    def broken(*_arguments, **_keywords):
-        raise torch.AcceleratorError("CUDA error: device-side assert triggered", 0)
-
-    monkeypatch.setattr(model, "forward", broken)
-    harness = Harness(model)
-    harness.submit("a")
-    with pytest.raises(torch.AcceleratorError):
-        harness.run()
 
 
 def test_the_longest_request_that_fits_runs_to_its_end(model):

@@ -34,14 +34,14 @@ def test_defaults_hold_and_scale_with_the_ranks(num_ranks: int):
     deadlines = ElasticConfig().deadlines(num_ranks)
     got = deadlines.build_s, deadlines.recovery_s, deadlines.lighthouse_wait_s
     assert got == pytest.approx(SCALED[num_ranks])
-    assert (deadlines.exchange_s, deadlines.hang_s, deadlines.ring_s, deadlines.start_s) == (15, 20, 20, 120)
+    assert (deadlines.exchange_s, deadlines.hang_s, deadlines.progress_s, deadlines.start_s) == (15, 20, 1.5, 120)
     assert deadlines.build_s < KEEP_S
 
 
 def test_without_a_configuration_nobody_looks_at_the_progress():
     assert Deadlines.of(1) == Deadlines()
     assert Deadlines.of(1).hang_s is None
-    assert Deadlines.of(4, exchange_s=30, start_s=7, ring_s=9).exchange_s == 30
+    assert Deadlines.of(4, exchange_s=30, start_s=7, progress_s=9).exchange_s == 30
 
 
 def test_what_must_be_longer_than_a_users_value_grows_with_it():
@@ -50,7 +50,7 @@ def test_what_must_be_longer_than_a_users_value_grows_with_it():
     assert deadlines.recovery_s == pytest.approx(1.25 * (25 + 5.4 + 100))
 
 
-@pytest.mark.parametrize(("hang_s", "exchange_s"), [(60, 45), (20, 15), (4, 3), (3, 2), (1.5, 0.5)])
+@pytest.mark.parametrize(("hang_s", "exchange_s"), [(60, 45), (20, 15), (4, 3), (2, 1.5), (1.6, 1.1)])
 def test_an_exchange_takes_three_quarters_of_a_hang_and_leaves_two_beats(hang_s: float, exchange_s: float):
     assert ElasticConfig(hang_timeout_s=hang_s).deadlines(2).exchange_s == pytest.approx(exchange_s)
 
@@ -59,16 +59,16 @@ def test_an_exchange_takes_three_quarters_of_a_hang_and_leaves_two_beats(hang_s:
     ("keys", "message"),
     [
         (
-            {"exchange_timeout_s": 19.5},
-            "elastic.exchange_timeout_s=19.5: must be 19 s or less with elastic.hang_timeout_s=20: a rank that waits",
+            {"exchange_timeout_s": 19.6},
+            "elastic.exchange_timeout_s=19.6: must be 19.5 s or less with elastic.hang_timeout_s=20: a rank that waits",
         ),
         (
             {"exchange_timeout_s": 30.0},
-            "elastic.exchange_timeout_s=30: must be 19 s or less with elastic.hang_timeout_s=20: a rank that waits",
+            "elastic.exchange_timeout_s=30: must be 19.5 s or less with elastic.hang_timeout_s=20: a rank that waits",
         ),
         (
             {"hang_timeout_s": 1.4},
-            "elastic.hang_timeout_s=1.4: must be 1.5 s or more: an engine that is a beat late",
+            "elastic.progress_timeout_s=1.5: must be 1.4 s or less with elastic.hang_timeout_s=1.4: an engine that is",
         ),
     ],
 )
@@ -79,12 +79,19 @@ def test_keys_that_contradict_each_other_are_told_with_the_reason(keys: dict[str
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"hang_s": 1.4}, "elastic.hang_timeout_s=1.4: must be 1.5 s or more: an engine that is a beat late"),
-        ({"hang_s": 15.9}, "elastic.exchange_timeout_s=15: must be 14.9 s or less with elastic.hang_timeout_s=15.9: "),
-        ({"ring_s": 1.4}, "elastic.hang_timeout_s=1.4: must be 1.5 s or more: a neighbour that is a ping late"),
         (
-            {"ring_s": 1.6, "heartbeat_timeout_s": 1.7},
-            "elastic.hang_timeout_s=1.6: must be 1.7 s or more: a lighthouse would still count a neighbour",
+            {"hang_s": 1.4, "exchange_s": 0.5},
+            "elastic.progress_timeout_s=1.5: must be 1.4 s or less with elastic.hang_timeout_s=1.4: an engine that is",
+        ),
+        ({"hang_s": 15.4}, "elastic.exchange_timeout_s=15: must be 14.9 s or less with elastic.hang_timeout_s=15.4: "),
+        ({"progress_s": 0.9}, "elastic.progress_timeout_s=0.9: must be 1 s or more: an engine that is a beat late"),
+        (
+            {"progress_s": 1.1, "ping_s": 0.3},
+            "elastic.progress_timeout_s=1.1: must be 1.2 s or more: a neighbour that is a ping late",
+        ),
+        (
+            {"progress_s": 1.6, "heartbeat_timeout_s": 1.7},
+            "elastic.progress_timeout_s=1.6: must be 1.7 s or more: a lighthouse would still count a neighbour",
         ),
         (
             {"heartbeat_timeout_s": 0.24},
@@ -116,9 +123,9 @@ def test_each_rule_tells_what_breaks_it(fields: dict[str, float], message: str):
     "fields",
     [
         {"hang_s": 1.5, "exchange_s": 0.5},
-        {"hang_s": 16},
-        {"ring_s": 1.5},
-        {"ring_s": 1.7, "heartbeat_timeout_s": 1.7},
+        {"hang_s": 15.5},
+        {"progress_s": 1.0},
+        {"progress_s": 1.7, "heartbeat_timeout_s": 1.7},
         {"heartbeat_timeout_s": 0.3},
         {"settle_s": 0.2},
         {"death_vote_s": 1.0},

@@ -13,10 +13,11 @@ from elastic_moe.membership.launch import Launch, SeatStart
 from elastic_moe.membership.signals import PeerDied
 from elastic_moe.supervise import ScriptSupervisor
 from elastic_moe.supervision import rank_supervisor as module
+from elastic_moe.supervision.busy import Busy
 from elastic_moe.supervision.channel import Beat, Done, Ready, Refused, ViewChanged
 from elastic_moe.supervision.rank_supervisor import LIGHTHOUSE, POLL_S, SEAT, RankSupervisor
 from elastic_moe.supervision.supervisor import Event, EventKind
-from elastic_moe.supervision.watch import QUICK_DEATH_S, RESPAWN_S
+from elastic_moe.supervision.watch import MAX_BACKOFF_S, QUICK_DEATH_S, RESPAWN_S
 
 DEADLINES = Deadlines.of(3, exchange_s=2, hang_s=4)
 SIGTERM = Event(EventKind.SIGNAL, code=15)
@@ -43,7 +44,7 @@ class FakeChild:
         self.name, self.command, self.fd_variable = name, command, fd_variable
         self.pid, self.killed = 77, 0
         self.sent: list[object] = []
-        self.channel = SimpleNamespace(send=self.sent.append)
+        self.send = self.sent.append
 
     def kill(self) -> None:
         self.killed += 1
@@ -95,12 +96,16 @@ class Seated(RankSupervisor):
         self.starts: list[SeatStart] = []
         self.heard: list[Event] = []
         self.views: list[View] = []
+        self.serving = False
         settings = {"max_quick_deaths": 2, "keeps_lighthouse": False} | settings
         super().__init__(Launch(1, 3), DEADLINES, **settings)  # pyright: ignore[reportArgumentType]
 
     def start_process(self, start: SeatStart):
         self.starts.append(start)
         return self._supervisor.start(SEAT, ["the process"])
+
+    def others_serve(self) -> bool:
+        return self.serving
 
     def on_message(self, event: Event) -> None:
         self.heard.append(event)
@@ -116,7 +121,8 @@ class Bench:
         self.rank, self._clock = supervisor, clock
         self.fake: FakeSupervisor = supervisor._supervisor  # pyright: ignore[reportAttributeAccessIssue]
         self.sender: FakeSender = supervisor._sender  # pyright: ignore[reportAttributeAccessIssue]
-        supervisor.start_services()
+        for name in supervisor.services():
+            supervisor._start_service(name)
         supervisor._start_process()
 
     def turn(self, *events: Event, after_s: float = 0.0) -> int | None:
@@ -143,6 +149,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Bench]:
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now))
     monkeypatch.setattr(module, "Supervisor", FakeSupervisor)
     monkeypatch.setattr(module, "SignalSender", FakeSender)
+    monkeypatch.setattr(module, "busy_ns", lambda _pid: Busy(0, 0))
     return lambda make=Seated, **settings: Bench(make(**settings), clock)
 
 
@@ -186,12 +193,22 @@ def test_a_refusal_before_it_joined_is_a_users_mistake(bench, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_a_refusal_later_gives_the_rank_up(bench, capsys):
+def test_a_refusal_later_ends_the_launch_if_no_other_rank_serves(bench, capsys):
     at = bench()
+    assert at.turn(said(ViewChanged(VIEW)), said(Refused("disk is full")), exited(2)) == 1
+    assert capsys.readouterr().err == "elastic_moe: rank 1: disk is full, and no other rank serves: the launch ends\n"
+
+
+def test_else_it_tries_again_a_minute_later(bench, capsys):
+    at = bench()
+    at.rank.serving = True
     assert at.turn(said(ViewChanged(VIEW)), said(Refused("disk is full")), exited(2)) is None
-    assert capsys.readouterr().err == "elastic_moe: rank 1: given up (disk is full); the others go on without it\n"
-    at.turn(after_s=1000)
+    assert capsys.readouterr().err == "elastic_moe: rank 1: disk is full; respawn in 60 s\n"
+    at.turn(after_s=59.9)
     assert at.num_starts == 1
+    at.turn(after_s=0.1)
+    assert at.num_starts == 2
+    assert at.turn(exited(-9)) is None, "the next death is another matter"
 
 
 def die_quickly(at: Bench) -> int | None:
@@ -200,64 +217,61 @@ def die_quickly(at: Bench) -> int | None:
     return code
 
 
-def test_after_too_many_quick_deaths_the_rank_is_given_up(bench, capsys):
+def test_after_too_many_quick_deaths_the_launch_ends_if_no_other_rank_serves(bench, capsys):
     at = bench()
     at.turn(said(ViewChanged(VIEW)))
-    assert [die_quickly(at) for _ in range(3)] == [None] * 3
-    assert at.num_starts == 3
-    at.turn(after_s=1000)
-    assert at.num_starts == 3
-    assert "rank 1: given up (it died 3 times within 60 s of its start)" in capsys.readouterr().err
+    assert [die_quickly(at) for _ in range(3)] == [None, None, 1]
+    said_last = capsys.readouterr().err.splitlines()[-1]
+    reason = "it died 3 times in a row, each within 10 s, and no other rank serves: the launch ends"
+    assert said_last == f"elastic_moe: rank 1: {reason}"
 
 
-def test_a_life_is_counted_from_its_own_start(bench):
+def test_while_others_serve_a_rank_is_tried_for_ever_ever_more_rarely(bench):
+    at = bench()
+    at.rank.serving = True
+    at.turn(said(ViewChanged(VIEW)))
+    for _ in range(12):
+        assert at.turn(DYING, exited(-9)) is None
+        at.turn(after_s=MAX_BACKOFF_S)
+    assert at.num_starts == 13
+    at.turn(DYING, exited(-9))
+    at.turn(after_s=MAX_BACKOFF_S - 0.1)
+    assert at.num_starts == 13
+
+
+def test_a_life_is_counted_from_when_it_was_taken_in(bench):
+    """However long it loads before."""
     at = bench()
     at.turn(said(ViewChanged(VIEW)))
     for _ in range(6):
-        at.turn(after_s=QUICK_DEATH_S - RESPAWN_S)
-        assert at.turn(DYING, exited(-9), after_s=RESPAWN_S) is None
+        at.turn(after_s=20.0)
+        at.turn(said(ViewChanged(VIEW)))
+        assert at.turn(DYING, exited(-9), after_s=QUICK_DEATH_S) is None
         at.turn(after_s=RESPAWN_S)
     assert at.num_starts == 7
+    for code in (None, None, 1):
+        assert at.turn(DYING, exited(-9), after_s=25.0) == code, "it loads, and dies"
+        at.turn(after_s=RESPAWN_S)
 
 
-def test_a_process_without_beats_is_killed_once(bench, capsys):
+def test_a_process_that_hangs_is_killed_once(bench, capsys):
     at = bench()
-    at.turn(after_s=1000)
-    at.turn(said(Beat(1, working=False)))
-    at.turn(after_s=4.0)
+    at.turn(said(Beat(1, None)), after_s=100)
+    at.turn(after_s=1.4)
     assert at.process.killed == 0
-    at.turn(after_s=0.1)
+    at.turn(after_s=0.2)
     assert at.process.killed == 1
-    line = "elastic_moe: rank 1: the process (pid 77) is without a beat for 4.1 s; killing it\n"
+    line = "elastic_moe: rank 1: the process (pid 77) is without a beat for 1.6 s; killing it\n"
     assert capsys.readouterr().err == line
     at.turn(after_s=10)
     assert at.process.killed == 1
-
-
-def test_a_process_without_progress_is_killed_unless_it_waits(bench):
-    at = bench()
-    for _ in range(20):
-        at.turn(said(Beat(1, working=False)), after_s=0.5)
-    for _ in range(8):
-        at.turn(said(Beat(1, working=True)), after_s=0.5)
-    assert at.process.killed == 0
-    at.turn(said(Beat(1, working=True)), after_s=0.5)
-    assert at.process.killed == 1
-
-
-def test_the_beats_of_one_life_do_not_count_against_the_next(bench):
-    at = bench()
-    at.turn(said(ViewChanged(VIEW)), said(Beat(1, working=True)), DYING, exited(-9))
-    at.turn(after_s=RESPAWN_S)
-    at.turn(after_s=100)
-    assert (at.num_starts, at.process.killed) == (2, 0)
 
 
 def test_a_process_that_died_is_not_called_hung_while_it_waits_for_its_respawn(bench, capsys):
     at = bench(max_quick_deaths=9)
     at.turn(said(ViewChanged(VIEW)))
     for _ in range(6):
-        at.turn(said(Beat(1, working=True)), DYING, exited(-9))
+        at.turn(said(Beat(1, 1.5)), DYING, exited(-9))
         for _ in range(64):
             at.turn(after_s=0.5)
     assert at.num_starts == 7
@@ -265,18 +279,10 @@ def test_a_process_that_died_is_not_called_hung_while_it_waits_for_its_respawn(b
     assert "killing it" not in capsys.readouterr().err
 
 
-def test_a_late_beat_of_the_last_life_does_not_count_against_the_next(bench):
-    at = bench()
-    at.turn(said(ViewChanged(VIEW)), exited(-9), said(Beat(1, working=True)))
-    at.turn(after_s=RESPAWN_S)
-    at.turn(after_s=100)
-    assert at.process.killed == 0
-
-
 def test_what_does_not_concern_the_seat_is_handed_on(bench):
-    at = bench()
-    ready = said(Ready("http://"), "front end")
-    at.turn(ready, said(Beat(1, working=True)), said(ViewChanged(VIEW)))
+    at = bench(keeps_lighthouse=True)
+    ready = said(Ready("http://"), LIGHTHOUSE)
+    at.turn(ready, said(Beat(1, 1.5)), said(ViewChanged(VIEW)))
     assert at.rank.heard == [ready]
 
 
@@ -291,8 +297,32 @@ def test_a_lighthouse_is_started_beside_the_rank_and_again_and_knows_the_deadlin
     again = at.fake.children[LIGHTHOUSE]
     assert again is not first
     assert again.command == first.command
-    assert at.turn(exited(1, "another service")) is None
     assert [child.name for child in at.fake.started].count(LIGHTHOUSE) == 2
+
+
+def test_a_service_that_cannot_work_ends_the_launch(bench, capsys):
+    at = bench(keeps_lighthouse=True)
+    assert at.turn(said(Refused("no tokenizer"), LIGHTHOUSE), exited(2, LIGHTHOUSE)) == 2
+    assert at.rank._refused == "no tokenizer"
+
+
+def test_one_that_dies_at_its_start_is_started_ever_later_and_then_the_launch_ends(bench, capsys):
+    at = bench(keeps_lighthouse=True)
+    for wait_s in (0.0, 2.0, 4.0):
+        assert at.turn(exited(1, LIGHTHOUSE)) is None
+        line = f"elastic_moe: node 0: the lighthouse: died with code 1; started again in {wait_s:g} s\n"
+        assert capsys.readouterr().err == line
+        at.turn(after_s=wait_s)
+    assert at.turn(exited(1, LIGHTHOUSE)) == 1
+
+
+def test_one_that_has_worked_is_tried_for_ever(bench):
+    at = bench(keeps_lighthouse=True)
+    at.turn(said(Ready(), LIGHTHOUSE))
+    for _ in range(9):
+        assert at.turn(said(Refused("port is taken"), LIGHTHOUSE), exited(1, LIGHTHOUSE)) is None
+        at.turn(after_s=MAX_BACKOFF_S)
+    assert [child.name for child in at.fake.started].count(LIGHTHOUSE) == 10
 
 
 def test_without_one_there_is_no_lighthouse(bench):

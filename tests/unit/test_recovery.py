@@ -20,6 +20,7 @@ from elastic_moe.errors import NotEnoughSlots, PeerLost, TransferFailed
 from elastic_moe.group.view import Member, View
 from elastic_moe.placement.placement import EMPTY, Placement
 from elastic_moe.placement.topology import Topology
+from elastic_moe.pulse import Pulse
 from elastic_moe.weights.disk import Disk
 from elastic_moe.weights.store import ExpertStore
 
@@ -72,7 +73,7 @@ class Rank:
         me, topology = member(self.rank, self.life), Topology.uniform(3, 3)
         recovery = Recovery(
             me, membership, epoch, topology, self.store, disk, torch.device("cpu"),
-            deadlines=replace(Deadlines(), recovery_s=60.0), grow_slots=self.grow_slots,
+            deadlines=replace(Deadlines(), recovery_s=60.0), pulse=Pulse(), grow_slots=self.grow_slots,
         )  # fmt: skip
         return recovery.run(old, self.version, "a test", newcomer=self.newcomer)
 

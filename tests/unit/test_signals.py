@@ -19,14 +19,16 @@ WAIT_S = 10.0
 class Peer:
     """One process's signals, and what it heard."""
 
-    def __init__(self, rank: int, ring_s: float = 60.0) -> None:
+    def __init__(self, rank: int, silent_s: float = 60.0) -> None:
         self.signals = Signals("127.0.0.1")
         self.member = Member(rank, 0, f"incarnation {rank}", 1, "host", self.signals.address, "")
         self.heard: queue.SimpleQueue[object] = queue.SimpleQueue()
         self.lost: queue.SimpleQueue[Member] = queue.SimpleQueue()
         for kind in (PeerDied, ViewRequest, JoinRequest, Wake):
             self.signals.on(kind, self.heard.put)
-        self.deadlines = Deadlines(ring_s=ring_s, ping_s=0.05, heartbeat_s=0.01, heartbeat_timeout_s=0.1)
+        self.deadlines = Deadlines(
+            progress_s=silent_s, ping_s=0.05, beat_s=0.05, heartbeat_s=0.01, heartbeat_timeout_s=0.1
+        )
 
     def start(self) -> None:
         self.signals.start(self.member.incarnation, self.deadlines, self.lost.put)
@@ -36,8 +38,8 @@ class Peer:
 def make() -> Iterator[Callable[..., Peer]]:
     peers: list[Peer] = []
 
-    def make(rank: int, ring_s: float = 60.0) -> Peer:
-        peers.append(Peer(rank, ring_s))
+    def make(rank: int, silent_s: float = 60.0) -> Peer:
+        peers.append(Peer(rank, silent_s))
         return peers[-1]
 
     yield make
@@ -69,7 +71,7 @@ def test_garbage_and_signals_nobody_minds_are_dropped(make):
 
 
 def test_a_neighbour_that_is_not_heard_of_is_lost_and_only_it(make):
-    peers = [make(rank, ring_s=0.5) for rank in range(4)]
+    peers = [make(rank, silent_s=0.5) for rank in range(4)]
     view = View(1, tuple(peer.member for peer in peers))
     for peer in peers[:3]:  # the last has a socket, and nobody who speaks
         peer.start()
@@ -85,6 +87,35 @@ def test_a_neighbour_that_is_not_heard_of_is_lost_and_only_it(make):
             peer.lost.get()
     time.sleep(1.0)
     assert all(peer.lost.empty() for peer in peers)
+
+
+def test_silence_is_noticed_while_others_never_stop_talking(make):
+    """A flood of signals leaves no pause in which to look."""
+    peer, silent, talker = make(0, silent_s=0.5), make(1), make(2)
+    peer.start()
+    peer.signals.watch(View(1, (peer.member, silent.member)), 0)
+    begin = time.monotonic()
+    while peer.lost.empty() and time.monotonic() - begin < WAIT_S:
+        for _ in range(20):
+            talker.signals.tell([peer.member], Wake(1, 1))
+        time.sleep(0.002)
+    assert peer.lost.get(timeout=0).rank == 1
+    assert time.monotonic() - begin < 2
+
+
+def test_who_has_slept_himself_takes_nobody_for_lost(make, monkeypatch: pytest.MonkeyPatch):
+    one, other = make(0, silent_s=0.6), make(1, silent_s=0.6)
+    slept = []
+    one.signals.on(Wake, lambda _: slept.append(time.sleep(1.0)))  # as one that a busy machine does not run
+    for peer in (one, other):
+        peer.start()
+        peer.signals.watch(View(1, (one.member, other.member)), peer.member.rank)
+    time.sleep(0.2)
+    other.signals.tell([one.member], Wake(1, 1))
+    time.sleep(1.6)
+    assert slept
+    assert one.lost.empty()
+    assert other.lost.get(timeout=WAIT_S).rank == 0, "who does not sleep notices"
 
 
 def test_an_address_without_a_process_blocks_nobody():

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,12 +13,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+from elastic_moe.group.view import Member, View
 from elastic_moe.supervision import supervisor as module
-from elastic_moe.supervision.channel import Ready
+from elastic_moe.supervision.channel import Ready, ViewChanged
 from elastic_moe.supervision.supervisor import Event, EventKind, Supervisor, complain
 
 CHILD = """
-import signal, subprocess, sys, time
+import os, signal, subprocess, sys, time
 from elastic_moe.supervision.channel import Channel, Ready, ViewChanged
 channel = Channel.of_child(int(sys.argv[-1]), ViewChanged)
 """
@@ -80,6 +82,67 @@ def test_a_child_that_takes_long_to_end_is_dying_at_once(supervisor: Supervisor)
     assert supervisor.events.empty()
     assert supervisor.events.get(timeout=20) == Event(EventKind.EXIT, "child", code=0)
     assert time.monotonic() - begin > 1
+
+
+@pytest.mark.parametrize("fork", ["os.fork()", "subprocess.Popen(['sleep', '100'], close_fds=False)"])
+def test_who_is_forked_from_a_child_does_not_hide_its_death(supervisor: Supervisor, fork: str):
+    """Such as the worker of a data loader: it has the child's end of the channel too."""
+    start(supervisor, f"if {fork}:\n    channel.send(Ready('now'))\ntime.sleep(100)")
+    assert detail(next_event(supervisor)) == "now"
+    begin = time.monotonic()
+    supervisor.children["child"].kill()
+    assert supervisor.events.get(timeout=5).kind is EventKind.DYING
+    assert time.monotonic() - begin < 0.5
+    assert next_event(supervisor) == Event(EventKind.EXIT, "child", code=-9)
+
+
+def test_a_child_that_reads_nothing_holds_nobody_up_and_hears_the_newest_last(supervisor: Supervisor):
+    start(
+        supervisor,
+        """
+time.sleep(1.0)
+last = None
+while not isinstance(last, ViewChanged) or last.view.epoch < 3000:
+    last = channel.receive()
+channel.send(Ready("heard"))
+time.sleep(100)
+""",
+    )
+    members = tuple(Member(rank, 0, "x" * 12, 1, "host", "s" * 30, "t" * 30) for rank in range(64))
+    begin = time.monotonic()
+    for epoch in range(1, 3001):
+        supervisor.children["child"].send(ViewChanged(View(epoch, members)))
+    assert time.monotonic() - begin < 0.5
+    assert detail(next_event(supervisor)) == "heard"
+
+
+def test_no_thread_is_left_of_a_child(supervisor: Supervisor):
+    before = threading.active_count()
+    for number in range(10):
+        start(supervisor, "", name=f"child {number}")
+    for _ in range(10):
+        assert next_event(supervisor).kind is EventKind.EXIT
+    end = time.monotonic() + 5
+    while threading.active_count() > before and time.monotonic() < end:
+        time.sleep(0.02)
+    assert threading.active_count() <= before
+
+
+def test_a_process_ends_with_its_parent():
+    program = """
+import os, sys, time
+from elastic_moe.supervision.supervisor import end_with_parent
+if os.fork() == 0:
+    end_with_parent()
+    print(os.getpid(), flush=True)
+    time.sleep(100)
+time.sleep(100)
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        parent.kill()
+    assert has_died(pid, within_s=5)
 
 
 def test_children_are_told_apart(supervisor: Supervisor):
