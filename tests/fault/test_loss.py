@@ -11,18 +11,20 @@ import pytest
 from openai import AsyncOpenAI
 from support.server import Server, wait_until
 
+from elastic_moe.deadlines import Deadlines
 from launch.server import torchrun
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("fault-server"), pytest.mark.timeout(170)]
 
 PROMPTS = ("In the beginning God created", "To install a package,", "The str.join() method", "And the LORD said unto")
 STREAMS = 6
-HANG_TIMEOUT_S = 4.0
+STOPPED_S = 12.0
+"""Streams and the loss of a stopped rank take so long at most: far less than `elastic.hang_timeout_s`, which is 20 s."""
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with Server(torchrun(4), "model=demo", "log_level=warning", f"elastic.hang_timeout_s={HANG_TIMEOUT_S}") as server:
+    with Server(torchrun(4), "model=demo", "log_level=warning") as server:
         yield server
         server.stop()
 
@@ -105,7 +107,7 @@ def test_a_stopped_rank_is_killed_and_replaced(server, undisturbed):
     pid = server.engines()[3].pid
     begin = time.monotonic()
     assert run_streams(server, (3,), signal.SIGSTOP) == undisturbed
-    assert HANG_TIMEOUT_S - 1 < time.monotonic() - begin < HANG_TIMEOUT_S + 25
+    assert time.monotonic() - begin < STOPPED_S
     wait_until_whole(server)
     assert server.engines()[3].pid != pid
 
@@ -124,7 +126,7 @@ def test_a_slow_rank_is_kept(server, undisturbed):
 
 async def _resume_later(server: Server, pid: int) -> list[str]:
     streams = asyncio.create_task(asyncio.to_thread(run_streams, server))
-    await asyncio.sleep(HANG_TIMEOUT_S / 2)
+    await asyncio.sleep(Deadlines().progress_s / 2)
     os.kill(pid, signal.SIGCONT)
     return await streams
 
