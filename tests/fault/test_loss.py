@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("fault-server"), pytest.
 PROMPTS = ("In the beginning God created", "To install a package,", "The str.join() method", "And the LORD said unto")
 STREAMS = 6
 STOPPED_S = 12.0
-"""Streams and the loss of a stopped rank take so long at most: far less than `elastic.hang_timeout_s`, which is 20 s."""
+"""Streams and the loss of a stopped rank take so long at most: less than `elastic.hang_timeout_s`, 20 s."""
 
 
 @pytest.fixture(scope="module")
