@@ -87,6 +87,9 @@ class ElasticConfig:
     lighthouse: str = setting(
         "", "URL[,URL...] of outside lighthouses for membership; empty: one embedded on each node"
     )
+    secret_file: str = setting(
+        "", "file with the secret that all nodes share; empty: ELASTIC_MOE_SECRET, or on one node one of its own"
+    )
 
     def validate(self) -> None:
         """Raise ValueError, naming the key and what is allowed, when a value cannot work."""

@@ -9,26 +9,23 @@ first rank of a node, the HTTP front end and a lighthouse.
 
 import os
 import sys
-from collections.abc import Mapping
 from pathlib import Path
+
+from msgspec.structs import replace
 
 REPO = str(Path(__file__).resolve().parent.parent)
 sys.path.insert(0, REPO)
 
 from elastic_moe.config import ServeConfig
 from elastic_moe.membership.launch import Launch
+from elastic_moe.secret import attempt_folder, read_secret
 from elastic_moe.serving.front_end.listener import listen
 from elastic_moe.serving.supervisor import ServeSupervisor
 from elastic_moe.supervision.supervisor import complain
+from elastic_moe.wire import Wire
 from launch.config import help_text, load
 
 USAGE = "usage: torchrun [--nnodes N] --nproc-per-node RANKS launch/serve.py [GROUP=OPTION ...] [KEY=VALUE ...]"
-
-
-def attempt_folder(environ: Mapping[str, str]) -> Path | None:
-    """What this node's processes of this start share: torchrun's folder for error files. None without torchrun."""
-    error_file = environ.get("TORCHELASTIC_ERROR_FILE")
-    return Path(error_file).parent.parent if error_file else None
 
 
 def main() -> int:
@@ -44,6 +41,8 @@ def main() -> int:
                 print(help_text(ServeConfig, USAGE))
             return 0
         config = load(ServeConfig, "config", overrides)
+        if secret_file := config.elastic.secret_file:
+            launch = replace(launch, wire=Wire(read_secret(secret_file, "elastic.secret_file")))
         listener = listen(config.server) if launch.local_rank == 0 else None
     except ValueError as error:
         complain(str(error), attempt)

@@ -27,6 +27,7 @@ from elastic_moe.pulse import Pulse
 from elastic_moe.weights.disk import Disk, OtherDisks
 from elastic_moe.weights.sources import Account, Until, fill
 from elastic_moe.weights.store import UNKNOWN, ExpertStore
+from elastic_moe.wire import PLAIN, Wire
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ class Recovery:
         deadlines: Deadlines,
         pulse: Pulse,
         grow_slots: bool,
+        wire: Wire = PLAIN,
     ) -> None:
         """`epoch` enters each new view with its groups before they are built, so that other threads may abort them;
         `device` is that of the data group."""
@@ -69,6 +71,7 @@ class Recovery:
         self._deadlines = deadlines
         self._pulse = pulse
         self._grow_slots = grow_slots
+        self._wire = wire
         self._newcomer = False
         self._phase: Phase | None = None
         self._phase_began = 0.0
@@ -100,7 +103,7 @@ class Recovery:
                 with self._pulse.expects(None):  # of those who do not come others are told
                     view = self._membership.next_view(view, self._epoch.request_join, deadline_s)
                 self._enter(Phase.GROUPS)
-                groups = EpochGroups(view, self._me.rank, self._device, self._deadlines)
+                groups = EpochGroups(view, self._me.rank, self._device, self._deadlines, self._wire)
                 self._epoch.enter(view, groups)
                 groups.build()
                 self._enter(Phase.REPAIR)

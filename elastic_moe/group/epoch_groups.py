@@ -17,6 +17,7 @@ from elastic_moe.group.backends import MakeBackend, make_gloo, make_nccl
 from elastic_moe.group.epoch_store import EpochStore
 from elastic_moe.group.process_group import Group
 from elastic_moe.group.view import View
+from elastic_moe.wire import PLAIN, Wire
 
 
 class EpochGroups:
@@ -29,7 +30,7 @@ class EpochGroups:
     control: Group
     data: Group
 
-    def __init__(self, view: View, rank: int, device: torch.device, deadlines: Deadlines) -> None:
+    def __init__(self, view: View, rank: int, device: torch.device, deadlines: Deadlines, wire: Wire = PLAIN) -> None:
         """Nothing is connected yet.
 
         Args:
@@ -37,6 +38,7 @@ class EpochGroups:
             rank: EP rank of this process.
             device: cpu (gloo) or a CUDA device (NCCL) for the data group.
             deadlines: `build_s` is that of building, `exchange_s` that of every later call.
+            wire: the launch's, for the store.
         """
         self.epoch = view.epoch
         self.ranks = view.ranks
@@ -45,6 +47,7 @@ class EpochGroups:
         self._rank = rank
         self._device = device
         self._deadlines = deadlines
+        self._wire = wire
         self._built: Future[tuple[Group, Group]] = Future()
         self._lock = threading.Lock()
         self._opened: list[Group] = []
@@ -82,7 +85,7 @@ class EpochGroups:
             PeerLost: a member did not come within `timeout_s`, or `abort` was called.
         """
         try:
-            group = self._group(make_gloo, name, EpochStore(self._offered, timeout_s), timeout_s, timeout_s)
+            group = self._group(make_gloo, name, EpochStore(self._offered, timeout_s, self._wire), timeout_s, timeout_s)
         except (RuntimeError, OSError) as error:
             raise PeerLost(f"group {name} of epoch {self.epoch}: {str(error).splitlines()[0]}") from error
         with self._lock:
@@ -117,7 +120,7 @@ class EpochGroups:
     def _connect(self) -> None:
         try:
             build_s, exchange_s = self._deadlines.build_s, self._deadlines.exchange_s
-            store = EpochStore(self._offered, build_s)
+            store = EpochStore(self._offered, build_s, self._wire)
             data = make_gloo if self._device.type == "cpu" else make_nccl
             control = self._group(make_gloo, "control", store, build_s, exchange_s)
             data = self._group(data, "data", store, build_s, exchange_s)

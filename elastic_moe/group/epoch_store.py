@@ -14,6 +14,7 @@ import torch.distributed as dist
 import zmq
 
 from elastic_moe.background import end_process, start_thread
+from elastic_moe.wire import PLAIN, Wire
 
 KEEP_S = 600.0
 """How long a value is kept: longer than any `Deadlines.build_s`. The members of a group come to it within seconds of
@@ -53,9 +54,9 @@ _decode_reply = msgspec.msgpack.Decoder(GetReply).decode
 class StoreServer:
     """Keeps values for whoever asks; a thread of its own answers. Strangers' frames are dropped."""
 
-    def __init__(self, host: str) -> None:
+    def __init__(self, host: str, wire: Wire = PLAIN) -> None:
         """Bind a free port on `host` and serve until the process ends."""
-        self._router = zmq.Context.instance().socket(zmq.ROUTER)
+        self._router = wire.server(zmq.Context.instance().socket(zmq.ROUTER))
         self._router.bind(f"tcp://{host}:0")
         self.address = self._router.getsockopt_string(zmq.LAST_ENDPOINT).removeprefix("tcp://")
         """`host:port`"""
@@ -99,10 +100,10 @@ class EpochStore(dist.Store):
     Hold it as long as they are built: they keep the C++ half, which without this one implements nothing.
     """
 
-    def __init__(self, address: str, timeout_s: float) -> None:
+    def __init__(self, address: str, timeout_s: float, wire: Wire = PLAIN) -> None:
         """`address` is `StoreServer.address`; `timeout_s` is how long `get` waits for a key unless told, in seconds."""
         super().__init__()
-        self._socket = zmq.Context.instance().socket(zmq.DEALER)
+        self._socket = wire.client(zmq.Context.instance().socket(zmq.DEALER))
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.connect(f"tcp://{address}")
         self._lock = threading.Lock()

@@ -7,6 +7,8 @@ import msgspec
 
 from elastic_moe.group.view import View
 from elastic_moe.placement.topology import Topology
+from elastic_moe.secret import launch_secret
+from elastic_moe.wire import Wire
 
 SUPERVISOR_FD = "ELASTIC_MOE_SUPERVISOR_FD"
 
@@ -27,6 +29,8 @@ class Launch(msgspec.Struct, frozen=True):
     """Names this start of the launch, so that a restarted one does not read the records of the last."""
     supervisor_fd: int | None = None
     """The line to the supervisor of this process, if `elastic_moe.supervise` has started it."""
+    wire: Wire = Wire()
+    """What all processes of the launch know and no stranger does."""
 
     @property
     def topology(self) -> Topology:
@@ -35,14 +39,15 @@ class Launch(msgspec.Struct, frozen=True):
 
     @classmethod
     def from_torchrun(cls, environ: Mapping[str, str]) -> "Launch":
-        """From the environment torchrun gives its processes; a lone process without it is rank 0 of 1.
+        """From the environment torchrun gives its processes; a lone process without it is rank 0 of 1. Its secret is
+        `launch_secret`'s.
 
         Raises:
-            ValueError: the environment has only a part of torchrun's variables, or no real port.
+            ValueError: the environment has only a part of torchrun's variables, no real port, or a short secret.
         """
         supervisor_fd = int(environ[SUPERVISOR_FD]) if SUPERVISOR_FD in environ else None
         if "RANK" not in environ:
-            return cls(supervisor_fd=supervisor_fd)
+            return cls(supervisor_fd=supervisor_fd, wire=Wire(launch_secret(environ)))
         if environ.get("MASTER_PORT") == "0":
             raise ValueError("torchrun --master-port 0 tells its ranks no port: give one, or --standalone on one node")
         try:
@@ -56,6 +61,7 @@ class Launch(msgspec.Struct, frozen=True):
                 store_is_up=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
                 attempt=f"{environ.get('TORCHELASTIC_RUN_ID', '')}/{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}",
                 supervisor_fd=supervisor_fd,
+                wire=Wire(launch_secret(environ)),
             )
         except KeyError as missing:
             raise ValueError(f"RANK is set but {missing} is not: start with torchrun, or with neither") from None
@@ -75,8 +81,10 @@ class SeatStart(msgspec.Struct, tag="seat", frozen=True):
 
 
 def host_of(launch: Launch) -> str:
-    """The address under which the peers of this launch reach this host."""
-    return reachable_host(launch.store.rpartition(":")[0]) if launch.store else "127.0.0.1"
+    """The address under which the peers of this launch reach this host: of one node, none that others reach."""
+    if launch.world_size == launch.local_world_size:
+        return "127.0.0.1"
+    return reachable_host(launch.store.rpartition(":")[0])
 
 
 def reachable_host(peer: str) -> str:

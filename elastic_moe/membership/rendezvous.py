@@ -1,5 +1,6 @@
 """How the ranks of one launch find each other: every member writes its record into torchrun's store."""
 
+import logging
 import os
 import uuid
 from datetime import timedelta
@@ -12,6 +13,10 @@ from elastic_moe.group.epoch_store import StoreServer
 from elastic_moe.group.view import Member, View
 from elastic_moe.membership.launch import Launch, SeatStart, host_of
 from elastic_moe.membership.signals import Signals
+from elastic_moe.secret import VARIABLE
+from elastic_moe.wire import Forged
+
+log = logging.getLogger(__name__)
 
 
 class Seat:
@@ -20,8 +25,9 @@ class Seat:
     def __init__(self, start: SeatStart, *, address: str = "", weights: str = "") -> None:
         """`address` and `weights` are endpoints for front ends and for newcomers, if it serves them."""
         launch, host = start.launch, host_of(start.launch)
-        self.signals = Signals(host, start.signals_port)
-        self.store = StoreServer(host)
+        self.wire = launch.wire
+        self.signals = Signals(host, start.signals_port, self.wire)
+        self.store = StoreServer(host, self.wire)
         self.member = Member(
             rank=launch.rank,
             node=launch.node,
@@ -41,9 +47,12 @@ def meet(launch: Launch, me: Member, timeout_s: float) -> View:
 
     Raises:
         PeerLost: a rank did not come within `timeout_s` seconds; the message names the missing ones.
+        ValueError: a record in the store was not made with the secret of this launch.
     """
     if launch.world_size == 1:
         return _first_view([me])
+    if launch.rank == 0 and not launch.wire.secret:
+        log.warning("without a secret whoever reaches the ports of this launch is obeyed: see elastic.secret_file")
     host, _, port = launch.store.rpartition(":")
     keys = [f"elastic_moe/{launch.attempt}/member/{rank}" for rank in range(launch.world_size)]
     serve = launch.rank == 0 and not launch.store_is_up
@@ -52,13 +61,23 @@ def meet(launch: Launch, me: Member, timeout_s: float) -> View:
         store = dist.TCPStore(host, int(port), is_master=serve, wait_for_workers=False, timeout=timeout)
     except RuntimeError as error:
         raise PeerLost(f"no store answered at {launch.store} within {timeout_s} s") from error
-    store.set(keys[me.rank], msgspec.json.encode(me).decode())
+    store.set(keys[me.rank], launch.wire.seal(msgspec.json.encode(me).decode(), keys[me.rank]))
     try:
         store.wait(keys, timeout)
     except RuntimeError as error:
         missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
         raise PeerLost(f"ranks {missing} did not come to {launch.store} within {timeout_s} s") from error
-    return _first_view([msgspec.json.decode(store.get(key), type=Member) for key in keys])
+    return _first_view([_read(store.get(key).decode(errors="replace"), key, launch) for key in keys])
+
+
+def _read(sealed: str, key: str, launch: Launch) -> Member:
+    try:
+        return msgspec.json.decode(launch.wire.unseal(sealed, key), type=Member)
+    except (Forged, msgspec.MsgspecError) as error:
+        raise ValueError(
+            f"rank {key.rpartition('/')[2]} does not have the secret of rank {launch.rank}: give all nodes the same "
+            f"elastic.secret_file, or {VARIABLE}"
+        ) from error
 
 
 def _first_view(members: list[Member]) -> View:

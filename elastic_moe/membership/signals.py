@@ -20,6 +20,7 @@ import zmq
 from elastic_moe.background import OnError, end_process, start_thread
 from elastic_moe.deadlines import Deadlines
 from elastic_moe.group.view import Member, View
+from elastic_moe.wire import PLAIN, Wire
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +69,8 @@ _decode = msgspec.msgpack.Decoder(Signal).decode
 class SignalSender:
     """Sends signals to addresses. From any thread; never waits for anybody."""
 
-    def __init__(self) -> None:
+    def __init__(self, wire: Wire = PLAIN) -> None:
+        self._wire = wire
         self._context = zmq.Context.instance()
         self._lock = threading.Lock()
         self._sockets: dict[str, zmq.Socket] = {}
@@ -95,7 +97,7 @@ class SignalSender:
 
     def _socket(self, address: str) -> zmq.Socket:
         if address not in self._sockets:
-            socket = self._sockets[address] = self._context.socket(zmq.DEALER)
+            socket = self._sockets[address] = self._wire.client(self._context.socket(zmq.DEALER))
             socket.setsockopt(zmq.LINGER, LINGER_MS)
             socket.setsockopt(zmq.SNDHWM, 0)  # a peer that died must not block anybody; it is forgotten with its view
             socket.connect(address)
@@ -105,16 +107,16 @@ class SignalSender:
 class Signals:
     """This process's signals, in and out."""
 
-    def __init__(self, host: str, port: int = 0) -> None:
+    def __init__(self, host: str, port: int = 0, wire: Wire = PLAIN) -> None:
         """Bind `port` on `host`, or a free one if that is 0 or taken; nothing is heard before `start`."""
-        self._router = zmq.Context.instance().socket(zmq.ROUTER)
+        self._router = wire.server(zmq.Context.instance().socket(zmq.ROUTER))
         try:
             self._router.bind(f"tcp://{host}:{port}")
         except zmq.ZMQError as error:
             log.warning("port %d is taken (%s): a rank that is lost now may not find this process later", port, error)
             self._router.bind(f"tcp://{host}:0")
         self.address = str(self._router.getsockopt_string(zmq.LAST_ENDPOINT))
-        self._sender = SignalSender()
+        self._sender = SignalSender(wire)
         self._handlers: dict[type, Callable[[Any], None]] = {}
         self._lock = threading.Lock()
         self._neighbours: dict[str, Member] = {}

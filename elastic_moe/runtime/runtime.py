@@ -99,7 +99,8 @@ class ElasticRuntime:
         self._exchange_config = exchange or ExchangeConfig()
         symmetric = self._exchange_config.kind == "symmetric"
         self._group_device = torch.device("cpu") if symmetric else device
-        self._membership = Membership(seat.member, lighthouses or view.lighthouses, self._deadlines, self.fail)
+        urls = lighthouses or view.lighthouses
+        self._membership = Membership(seat.member, urls, self._deadlines, self.fail, seat.wire)
         self._epoch = CurrentEpoch(seat.member, view, seat.signals, self._membership, lambda: self.on_change())
         self._exchanges = exchanges_of(exchange, seat.member, topology.num_ranks, device, self._deadlines.exchange_s)
         self._pool: ExpertPool | None = None
@@ -107,7 +108,8 @@ class ElasticRuntime:
         self._supervised: Supervised | None = None
         self._epoch.listen(self._deadlines, self.fail)
         if view.has(self.rank, seat.member.incarnation):
-            self._epoch.enter(view, EpochGroups(view, self.rank, self._group_device, self._deadlines).build())
+            groups = EpochGroups(view, self.rank, self._group_device, self._deadlines, seat.wire)
+            self._epoch.enter(view, groups.build())
             self._membership.start()
 
     @classmethod
@@ -136,7 +138,7 @@ class ElasticRuntime:
         supervised = Supervised.of_launch(start) if isinstance(start, Launch) else None
         if isinstance(start, Launch):
             start = supervised.start if supervised else SeatStart(start)
-        server = WeightServer(host_of(start.launch))
+        server = WeightServer(host_of(start.launch), start.launch.wire)
         seat = Seat(start, address=address, weights=server.address)
         view = start.rejoin or meet(start.launch, seat.member, start_timeout_s)
         runtime = cls(seat, view, start.launch.topology, device, start_timeout_s=start_timeout_s, **settings)
@@ -239,7 +241,8 @@ class ElasticRuntime:
         """Where a newcomer takes its weights from, before the disk; None for a process that is a member."""
         if self._epoch.is_entered:
             return None
-        return Peers([m for m in self.view.members if m.rank != self.rank], self.seat.member.node, self._deadlines)
+        others = [m for m in self.view.members if m.rank != self.rank]
+        return Peers(others, self.seat.member.node, self._deadlines, self.seat.wire)
 
     def agree(self, *flags: int) -> list[int]:
         """The largest value of each flag over all ranks. Collective; every rank gives as many flags.
@@ -368,6 +371,7 @@ class ElasticRuntime:
             deadlines=self._deadlines,
             pulse=self.pulse,
             grow_slots=self._grow_slots,
+            wire=self.seat.wire,
         )
         newcomer = not self._epoch.is_entered
         with self.pulse.expects(self._deadlines.progress_s):

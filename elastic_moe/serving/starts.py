@@ -4,6 +4,7 @@ import msgspec
 
 from elastic_moe.config import ServeConfig
 from elastic_moe.membership.launch import SeatStart
+from elastic_moe.wire import Wire
 
 
 class EngineStart(msgspec.Struct, tag="engine", frozen=True):
@@ -18,3 +19,4 @@ class FrontEndStart(msgspec.Struct, tag="front_end", frozen=True):
 
     config: ServeConfig
     node: int
+    wire: Wire = Wire()

@@ -17,6 +17,7 @@ from elastic_moe.serving.starts import EngineStart, FrontEndStart
 from elastic_moe.supervision.channel import Ready, ViewChanged
 from elastic_moe.supervision.rank_supervisor import SEAT, RankSupervisor
 from elastic_moe.supervision.supervisor import Child, Event, complain
+from elastic_moe.wire import PLAIN, Wire
 
 FRONT_END = "front end"
 ANSWER_S = 1.0
@@ -60,7 +61,7 @@ class ServeSupervisor(RankSupervisor):
     def others_serve(self) -> bool:
         """See the base."""
         members = self._view.members if self._view else ()
-        return anybody_serves([m.address for m in members if m.rank != self._launch.rank])
+        return anybody_serves([m.address for m in members if m.rank != self._launch.rank], self._launch.wire)
 
     def on_view(self, view: View) -> None:
         """See the base."""
@@ -80,18 +81,18 @@ class ServeSupervisor(RankSupervisor):
         fd = self._listener.fileno()
         command = [sys.executable, "-m", "elastic_moe.serving.front_end.process", "--listen-fd", str(fd)]
         front_end = self._supervisor.start(FRONT_END, command, pass_fds=[fd])
-        front_end.send(FrontEndStart(self._config, self._launch.node))
+        front_end.send(FrontEndStart(self._config, self._launch.node, self._launch.wire))
         if self._view is not None:
             front_end.send(ViewChanged(self._view))
         return front_end
 
 
-def anybody_serves(addresses: Sequence[str]) -> bool:
+def anybody_serves(addresses: Sequence[str], wire: Wire = PLAIN) -> bool:
     """Whether an engine at one of these endpoints says that it serves, within `ANSWER_S`."""
     context, poller = zmq.Context.instance(), zmq.Poller()
     with contextlib.ExitStack() as stack:
         for address in addresses:
-            socket = stack.enter_context(context.socket(zmq.DEALER))
+            socket = wire.client(stack.enter_context(context.socket(zmq.DEALER)))
             socket.setsockopt(zmq.LINGER, 0)
             socket.connect(address)
             socket.send(encode(Hello("supervisor")))

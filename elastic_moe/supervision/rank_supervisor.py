@@ -27,7 +27,7 @@ class RankSupervisor:
         self._launch = launch
         self._deadlines = deadlines
         self._supervisor = Supervisor()
-        self._sender = SignalSender()
+        self._sender = SignalSender(launch.wire)
         host = host_of(launch)
         self._signals_port = lasting_port(host)
         self._lighthouse = f"http://{host}:{lasting_port(host)}" if keeps_lighthouse else ""

@@ -19,6 +19,7 @@ from elastic_moe.group.view import Member
 from elastic_moe.weights.digest import digest
 from elastic_moe.weights.sources import Came, Landing, Missed, Origin, Source, Until, Want
 from elastic_moe.weights.store import ExpertStore
+from elastic_moe.wire import PLAIN, Wire
 
 POLL_MS = 500
 
@@ -48,9 +49,9 @@ _encode = msgspec.msgpack.Encoder().encode
 class WeightServer:
     """Gives what this process holds to whoever asks."""
 
-    def __init__(self, host: str) -> None:
+    def __init__(self, host: str, wire: Wire = PLAIN) -> None:
         """Bind a free port on `host`; requests wait until `start`."""
-        self._router = zmq.Context.instance().socket(zmq.ROUTER)
+        self._router = wire.server(zmq.Context().socket(zmq.ROUTER))
         self.address = f"tcp://{host}:{self._router.bind_to_random_port(f'tcp://{host}')}"
         self._closed = threading.Event()
 
@@ -108,14 +109,14 @@ class Peers(Source):
 
     nearest = Origin.NODE
 
-    def __init__(self, members: Iterable[Member], node: int, deadlines: Deadlines) -> None:
+    def __init__(self, members: Iterable[Member], node: int, deadlines: Deadlines, wire: Wire = PLAIN) -> None:
         """Greet all `members`, and go on with those that answer; `node` is the newcomer's."""
         self._answer_s = deadlines.weights_s
         self.dense_bytes = 0
         """Bytes of dense tensors received and accepted."""
-        poller, origins = zmq.Poller(), {}
+        context, poller, origins = zmq.Context(), zmq.Poller(), {}
         for member in members:
-            socket = zmq.Context.instance().socket(zmq.DEALER)
+            socket = wire.client(context.socket(zmq.DEALER))
             socket.setsockopt(zmq.LINGER, 0)
             socket.connect(member.weights)
             socket.send(_encode(WeightRequest()))

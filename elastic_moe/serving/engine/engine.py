@@ -64,7 +64,8 @@ class Engine:
         device = pick_device(config.model, launch.local_rank, launch.local_world_size, may_share=symmetric)
         model = meta_model(config.model.path, pick_dtype(config.model.dtype))
         check_fit(model, launch, config)
-        self._mailbox = Mailbox(host_of(launch), self.status, lambda: self.runtime.pool.balancer.local_loads())
+        loads = lambda: self.runtime.pool.balancer.local_loads()  # noqa: E731
+        self._mailbox = Mailbox(host_of(launch), self.status, loads, launch.wire)
         self.runtime = self._join(device)
         self.runtime.on_change = lambda: self._mailbox.inbox.put(None)
         self.runtime.seat.signals.on(Wake, self._be_woken)

@@ -23,8 +23,11 @@ from elastic_moe.serving.protocol import (
     decode_to_engine,
     encode,
 )
+from elastic_moe.wire import PLAIN, Wire
 
 STATUS_EVERY_S = 1.0
+MAX_SUBMIT_BYTES = 1 << 24
+"""A prompt of 3 million tokens."""
 FRONT_END_GONE_S = 10.0
 """A front end says Hello about once a second; after this long without one its requests are cancelled."""
 
@@ -33,12 +36,16 @@ class Mailbox:
     """One ROUTER socket, served by one thread. The step loop reads `inbox`, waits on it, and calls `send`."""
 
     def __init__(
-        self, host: str, status: Callable[[], Status | None], loads: Callable[[], np.ndarray] | None = None
+        self,
+        host: str,
+        status: Callable[[], Status | None],
+        loads: Callable[[], np.ndarray] | None = None,
+        wire: Wire = PLAIN,
     ) -> None:
         """Bind a free port on `host`. `status` and `loads`, [L, E] in the window, are called in the mailbox's thread;
         the status is None while there is nothing to tell."""
         self._context = zmq.Context()
-        self._router = self._context.socket(zmq.ROUTER)
+        self._router = wire.server(self._context.socket(zmq.ROUTER), MAX_SUBMIT_BYTES)
         self._router.setsockopt(zmq.LINGER, 200)
         self._router.setsockopt(zmq.SNDHWM, 0)
         self.address = f"tcp://{host}:{self._router.bind_to_random_port(f'tcp://{host}')}"

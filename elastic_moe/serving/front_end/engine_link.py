@@ -10,6 +10,7 @@ from zmq.utils.monitor import recv_monitor_message
 from elastic_moe.group.view import Member
 from elastic_moe.serving.front_end.routing import STATUS_MAX_AGE_S, RankLoad
 from elastic_moe.serving.protocol import Phase, Status, Submit, ToEngine, ToFrontEnd, decode_to_front_end, encode
+from elastic_moe.wire import PLAIN, Wire
 
 logger = logging.getLogger(__name__)
 
@@ -17,14 +18,14 @@ logger = logging.getLogger(__name__)
 class EngineLink:
     """A DEALER socket to one member of the view. It lives as long as that process is a member."""
 
-    def __init__(self, context: zmq.asyncio.Context, member: Member) -> None:
+    def __init__(self, context: zmq.asyncio.Context, member: Member, wire: Wire = PLAIN) -> None:
         """Connect to `member.address`; messages queue until the engine answers."""
         self.member = member
         self.status: Status | None = None
         """The latest report of this process."""
         self._reported_at_s = 0.0
         self._submitted_since_report = 0
-        self._socket = context.socket(zmq.DEALER)
+        self._socket = wire.client(context.socket(zmq.DEALER))
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.SNDHWM, 0)  # no limit: what is on its way is bounded by server.max_waiting
         self._socket.setsockopt(zmq.RCVHWM, 0)

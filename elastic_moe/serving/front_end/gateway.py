@@ -20,6 +20,7 @@ from elastic_moe.serving.front_end.journal import Entry, Journal, Owner
 from elastic_moe.serving.front_end.metrics import Metrics
 from elastic_moe.serving.front_end.routing import choose_rank
 from elastic_moe.serving.protocol import Cancel, Event, Finish, Hello, Loads, Phase, Sampling, Status, Tokens
+from elastic_moe.wire import PLAIN, Wire
 
 HELLO_INTERVAL_S = 1.0
 
@@ -95,6 +96,7 @@ class Gateway:
         max_in_flight: int,
         node: int = 0,
         eplb_mode: str = "off",
+        wire: Wire = PLAIN,
     ) -> None:
         """Start saying hello to engines (none before the first `set_view`).
 
@@ -104,6 +106,7 @@ class Gateway:
             max_in_flight: requests in flight before `open` refuses.
             node: the node this runs on.
             eplb_mode: how the engines balance their experts.
+            wire: the launch's.
         """
         self.metrics = metrics
         self.stopping = ""
@@ -113,6 +116,7 @@ class Gateway:
         self._name = f"node{node}-{secrets.token_hex(4)}"
         self._tasks = tasks
         self._context = zmq.asyncio.Context()
+        self._wire = wire
         self._view: View | None = None
         self._links: dict[int, EngineLink] = {}
         self.balance = BalanceDesk(eplb_mode, self._links)
@@ -171,7 +175,7 @@ class Gateway:
             if member is None or (member.incarnation, member.address) != (link.member.incarnation, link.member.address):
                 self._unlink(rank)
         for rank in members.keys() - self._links.keys():
-            link = self._links[rank] = EngineLink(self._context, members[rank])
+            link = self._links[rank] = EngineLink(self._context, members[rank], self._wire)
             self._listeners[rank] = [
                 self._tasks.create_task(work) for work in (self._listen(link), self._notice_loss(link))
             ]

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 import uvicorn
 
 from elastic_moe.background import end_process, start_thread
-from elastic_moe.config import ServeConfig
 from elastic_moe.serving.front_end.app import create_app
 from elastic_moe.serving.front_end.gateway import Gateway
 from elastic_moe.serving.front_end.listener import url_of
@@ -52,20 +51,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         channel.send(Refused(reason=str(error)))
         return REFUSED_EXIT_CODE
     with contextlib.closing(model):
-        asyncio.run(serve(start.config, start.node, listener, model, channel))
+        asyncio.run(serve(start, listener, model, channel))
     return 0
 
 
-async def serve(config: ServeConfig, node: int, listener: socket.socket, model: ServedModel, channel: Channel) -> None:
+async def serve(start: FrontEndStart, listener: socket.socket, model: ServedModel, channel: Channel) -> None:
     """Serve HTTP on `listener`, following the views of `channel`, until it ends or a signal comes."""
-    loop = asyncio.get_running_loop()
+    loop, config = asyncio.get_running_loop(), start.config
     inbox: asyncio.Queue[object | None] = asyncio.Queue()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, inbox.put_nowait, None)
     start_thread("supervisor", _receive, channel, loop, inbox, on_error=end_process)
     async with asyncio.TaskGroup() as tasks:
         gateway = Gateway(
-            tasks, Metrics(), max_in_flight=config.server.max_waiting, node=node, eplb_mode=config.eplb.mode
+            tasks,
+            Metrics(),
+            max_in_flight=config.server.max_waiting,
+            node=start.node,
+            eplb_mode=config.eplb.mode,
+            wire=start.wire,
         )
         with contextlib.closing(gateway):
             server = HttpServer(create_app(gateway, model), config.log_level)
