@@ -73,7 +73,7 @@ def elasticize(
     """Replace the experts modules of `model`, in place, by `ElasticMoELayer`s and load this rank's slots.
 
     With `checkpoint`, `model` is on the meta device (`meta_model`): dense weights are read whole, experts one at a
-    time into their slots and nowhere else; the files stay open (mapped), the last source of a lost expert. Without,
+    time into their slots and nowhere else; the files stay open, the last source of a lost expert. Without,
     `model` holds all its weights and each rank keeps its share.
 
     Args:
@@ -152,6 +152,7 @@ def _load(
             from_peers = pool.loaded.num_bytes[Origin.NODE] + pool.loaded.num_bytes[Origin.REMOTE]
             progress(reader.bytes_read + from_peers + (peers.dense_bytes if peers else 0), total)
 
+    reader.on_slice(runtime.pulse.beat)
     had = _dense_from(peers, model, reader, runtime.device) if peers else ()
     for name, tensor in reader.read_dense(runtime.device, but=had):
         set_tensor(model, name, tensor)
