@@ -34,6 +34,7 @@ from elastic_moe.supervision.channel import Beat
 from elastic_moe.supervision.supervised import Supervised
 from elastic_moe.transport.staging import open_staging
 from elastic_moe.weights.disk import Disk
+from elastic_moe.weights.manifest import DigestFile
 from elastic_moe.weights.peers import Peers, WeightServer
 from elastic_moe.weights.store import ExpertStore
 
@@ -213,7 +214,11 @@ class ElasticRuntime:
         return placement
 
     def hold(
-        self, store: ExpertStore, disk: Disk | None = None, dense: Mapping[str, torch.Tensor] | None = None
+        self,
+        store: ExpertStore,
+        disk: Disk | None = None,
+        dense: Mapping[str, torch.Tensor] | None = None,
+        kept: DigestFile | None = None,
     ) -> None:
         """Take the experts of this rank, loaded as the placement says, in order to move and restore them later.
 
@@ -221,16 +226,17 @@ class ElasticRuntime:
             store: all MoE layers, in the placement's order.
             disk: where an expert comes from that no live rank holds (the checkpoint).
             dense: the other tensors by their names in the state dict, for newcomers.
+            kept: the digests that an earlier start has found.
 
         Raises:
-            ValueError: experts shall be balanced, but there is no `disk`: a loss amid a move could not be mended.
+            ValueError: see `ExpertPool.hold`; `Undecided`, see `settle`.
             PeerLost: a peer died, left, or missed the deadline.
         """
         self.pool.hold(store, disk)
         store.record_digests()
         if self._epoch.is_entered:
             with self.groups.control.patient(self._deadlines.start_s):  # for those that load slowly
-                store.digests = self.groups.control.all_reduce_max_array(store.digests)
+                self.pool.settle(self.view, self.groups, dense or {}, kept)
             self.pool.balance(self.view, self.groups, changed=False)
         if self._weight_server is not None and dense is not None:
             self._weight_server.start(dense, store, self.fail)

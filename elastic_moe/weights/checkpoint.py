@@ -40,11 +40,12 @@ class CheckpointReader:
     """
 
     def __init__(self, folder: str | Path, model: "PreTrainedModel", experts: Mapping[str, ExpertLayout]) -> None:
-        _refuse_quantised(Path(folder))
+        self.folder = Path(folder)
+        _refuse_quantised(self.folder)
         self._layouts = dict(experts)
         self._conversion = Conversion(model)
         self._dtypes = target_dtypes(model)
-        self._shards = Shards(Path(folder))
+        self._shards = Shards(self.folder)
         self.fingerprint = self._shards.fingerprint
         """See `Shards.fingerprint`."""
         try:
