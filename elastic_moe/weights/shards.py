@@ -104,7 +104,7 @@ class Shards:
         """
         tensor, dtype, size = self._tensors[name], self._dtype(name), self.num_bytes(name, index)
         data = torch.empty(size, dtype=torch.uint8)
-        buffer, begin = memoryview(data.numpy()), tensor.begin + (index or 0) * size
+        buffer, begin = data.numpy().data, tensor.begin + (index or 0) * size
         for done in range(0, size, SLICE_BYTES):
             self._fill(buffer[done : done + SLICE_BYTES], begin + done, name)
             self.on_slice()
