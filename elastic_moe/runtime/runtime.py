@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -29,17 +28,18 @@ from elastic_moe.placement.topology import Topology
 from elastic_moe.pulse import Pulse
 from elastic_moe.runtime.hooks import Hooks
 from elastic_moe.runtime.initial_placement import choose_placement
+from elastic_moe.runtime.lockstep import come_back, others_run
 from elastic_moe.runtime.pool import ExpertPool
 from elastic_moe.supervision.channel import Beat
 from elastic_moe.supervision.supervised import Supervised
 from elastic_moe.transport.staging import open_staging
 from elastic_moe.weights.disk import Disk
+from elastic_moe.weights.manifest import DigestFile
 from elastic_moe.weights.peers import Peers, WeightServer
 from elastic_moe.weights.store import ExpertStore
 
 log = logging.getLogger(__name__)
 
-FINISH_POLL_S = 0.05
 Result = TypeVar("Result")
 
 
@@ -194,11 +194,10 @@ class ElasticRuntime:
         )
         if eplb.mode != "off":
             load_balancer()
-        config, timeout_s = self._exchange_config, self._deadlines.exchange_s
         self._pool = ExpertPool(
             PlacementRegistry(placement, self.rank, self._topology, self.device),
             self._exchanges,
-            open_staging(config, eplb, me, self._topology, self.device, timeout_s),
+            open_staging(self._exchange_config, eplb, me, self._topology, self.device, self._deadlines.exchange_s),
             eplb,
             self.device,
             self._deadlines,
@@ -213,7 +212,11 @@ class ElasticRuntime:
         return placement
 
     def hold(
-        self, store: ExpertStore, disk: Disk | None = None, dense: Mapping[str, torch.Tensor] | None = None
+        self,
+        store: ExpertStore,
+        disk: Disk | None = None,
+        dense: Mapping[str, torch.Tensor] | None = None,
+        kept: DigestFile | None = None,
     ) -> None:
         """Take the experts of this rank, loaded as the placement says, in order to move and restore them later.
 
@@ -221,16 +224,17 @@ class ElasticRuntime:
             store: all MoE layers, in the placement's order.
             disk: where an expert comes from that no live rank holds (the checkpoint).
             dense: the other tensors by their names in the state dict, for newcomers.
+            kept: the digests that an earlier start has found.
 
         Raises:
-            ValueError: experts shall be balanced, but there is no `disk`: a loss amid a move could not be mended.
+            ValueError: see `ExpertPool.hold`; `Undecided`, see `settle`.
             PeerLost: a peer died, left, or missed the deadline.
         """
         self.pool.hold(store, disk)
         store.record_digests()
         if self._epoch.is_entered:
             with self.groups.control.patient(self._deadlines.start_s):  # for those that load slowly
-                store.digests = self.groups.control.all_reduce_max_array(store.digests)
+                self.pool.settle(self.view, self.groups, dense or {}, kept)
             self.pool.balance(self.view, self.groups, changed=False)
         if self._weight_server is not None and dense is not None:
             self._weight_server.start(dense, store, self.fail)
@@ -282,7 +286,7 @@ class ElasticRuntime:
                 with self.step():
                     return forward()
             except PeerLost as error:
-                self._come_back(str(error))
+                come_back(self, str(error))
 
     def finish(self) -> None:
         """Take part, without tokens, in what the others still run, until every rank of the launch has come here, also
@@ -291,7 +295,7 @@ class ElasticRuntime:
         Raises:
             NotEnoughSlots, TransferFailed: the experts cannot be restored.
         """
-        while self._others_run():
+        while others_run(self, self._topology.num_ranks):
             pass
         with contextlib.suppress(PeerLost):
             self.groups.control.barrier()  # nobody leaves before all know that it is over
@@ -307,30 +311,6 @@ class ElasticRuntime:
         """
         with self.step():
             self.pool.join_idle()
-
-    def _others_run(self) -> bool:
-        """Take part in what the others run now. False: no rank of the whole launch has anything left."""
-        try:
-            (busy,) = self.agree(0)
-            if busy:
-                self.join_idle()
-            elif len(self.view.members) == self._topology.num_ranks:
-                return False
-            else:
-                time.sleep(FINISH_POLL_S)
-        except PeerLost as error:
-            self._come_back(str(error))
-        return True
-
-    def _come_back(self, reason: str) -> None:
-        """Recover, however long it takes until the members agree."""
-        while True:
-            try:
-                self.recover(reason)
-            except PeerLost as error:
-                log.error("%s; trying on", error)  # noqa: TRY400 - expected, and told in one line
-            else:
-                return
 
     def beat(self) -> Beat:
         """What to tell a supervisor: that this process lives, and that its main thread gets on. From any thread."""
