@@ -49,6 +49,7 @@ class DigestFile:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{FILE}", delete=False) as file:
                     json.dump(known | {self._fingerprint: list(digests)}, file)
+                Path(file.name).chmod(0o644)
                 os.replace(file.name, path)
                 log.info("digests of the weights are kept in %s", path)
                 return
