@@ -21,7 +21,7 @@ from elastic_moe.group.view import View
 from elastic_moe.membership.current_epoch import CurrentEpoch
 from elastic_moe.membership.launch import Launch, SeatStart, host_of
 from elastic_moe.membership.quorum import Membership
-from elastic_moe.membership.rendezvous import Seat, meet
+from elastic_moe.membership.rendezvous import Seat, meet, refuse_a_stranger
 from elastic_moe.placement.placement import Placement
 from elastic_moe.placement.registry import PlacementRegistry
 from elastic_moe.placement.topology import Topology
@@ -118,6 +118,7 @@ class ElasticRuntime:
         device: torch.device,
         address: str = "",
         start_timeout_s: float = 120.0,
+        alike: Mapping[str, str] | None = None,
         **settings: Any,
     ) -> "ElasticRuntime":
         """Meet the other ranks of the launch and build the first epoch's groups, collectively; or, for a process that
@@ -128,17 +129,20 @@ class ElasticRuntime:
             device: where experts and tokens live: cpu (gloo) or a CUDA device (NCCL).
             address: endpoint for front ends, of a process that serves requests.
             start_timeout_s: how long to wait for the others, and then for those that load slowly, in seconds.
+            alike: what all ranks must have the same, by names that a user knows.
             **settings: see the constructor.
 
         Raises:
             PeerLost: a rank did not come in time.
+            ValueError: `alike` differs; the message says in what, and where.
         """
         supervised = Supervised.of_launch(start) if isinstance(start, Launch) else None
         if isinstance(start, Launch):
             start = supervised.start if supervised else SeatStart(start)
         server = WeightServer(host_of(start.launch))
-        seat = Seat(start, address=address, weights=server.address)
-        view = start.rejoin or meet(start.launch, seat.member, start_timeout_s)
+        seat = Seat(start, address=address, weights=server.address, alike=alike)
+        view = start.rejoin or meet(start.launch, seat, start_timeout_s)
+        refuse_a_stranger(seat, view)
         runtime = cls(seat, view, start.launch.topology, device, start_timeout_s=start_timeout_s, **settings)
         runtime._weight_server = server
         if supervised:

@@ -24,6 +24,7 @@ from elastic_moe.placement.placement import Placement, initial_placement
 from elastic_moe.pulse import Pulse
 from elastic_moe.runtime import ElasticRuntime
 from elastic_moe.runtime.initial_placement import read_loads
+from elastic_moe.serving.engine.alike import alike
 from elastic_moe.serving.engine.batching import Batcher
 from elastic_moe.serving.engine.mailbox import Mailbox
 from elastic_moe.serving.protocol import Cancel, Event, Finish, Phase, Rebalance, Status, Submit, Tokens
@@ -64,6 +65,7 @@ class Engine:
         device = pick_device(config.model, launch.local_rank, launch.local_world_size, may_share=symmetric)
         model = meta_model(config.model.path, pick_dtype(config.model.dtype))
         check_fit(model, launch, config)
+        self._alike = alike(config, model.dtype)
         self._mailbox = Mailbox(host_of(launch), self.status, lambda: self.runtime.pool.balancer.local_loads())
         self.runtime = self._join(device)
         self.runtime.on_change = lambda: self._mailbox.inbox.put(None)
@@ -94,6 +96,7 @@ class Engine:
             self._seat,
             device=device,
             address=self._mailbox.address,
+            alike=self._alike,
             start_timeout_s=self._deadlines.start_s,
             deadlines=self._deadlines,
             pulse=self._pulse,
