@@ -62,6 +62,8 @@ class ExpertPool:
         """
         placement = registry.placement
         self.registry = registry
+        self.slots_per_rank = placement.slots_per_rank
+        """S, as it was asked for: after losses it may be more for a while."""
         self.loads = LoadCounter(placement.num_layers, placement.num_experts, device)
         """Where the layers count their tokens."""
         self.balancer = Rebalancer(

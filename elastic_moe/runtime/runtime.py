@@ -351,6 +351,7 @@ class ElasticRuntime:
             self._group_device,
             deadlines=self._deadlines,
             pulse=self.pulse,
+            slots_per_rank=pool.slots_per_rank,
             grow_slots=self._grow_slots,
         )
         newcomer = not self._epoch.is_entered
