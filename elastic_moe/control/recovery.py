@@ -100,12 +100,15 @@ class Recovery:
             attempts += 1
             try:
                 self._enter(Phase.VIEW)
-                with self._pulse.expects(None):  # of those who do not come others are told
-                    view = self._membership.next_view(view, self._epoch.request_join, deadline_s)
+                view = self._membership.next_view(self._epoch.others or view, self._epoch.request_join, deadline_s)
                 self._enter(Phase.GROUPS)
                 groups = EpochGroups(view, self._me.rank, self._device, self._deadlines)
                 self._epoch.enter(view, groups)
-                groups.build()
+                try:
+                    groups.build()
+                finally:
+                    self._membership.report(groups.unreached)
+                self._membership.entered(view)
                 self._enter(Phase.REPAIR)
                 placement, num_bytes = self._repair(view, groups, version)
                 break

@@ -100,6 +100,7 @@ class ElasticRuntime:
         symmetric = self._exchange_config.kind == "symmetric"
         self._group_device = torch.device("cpu") if symmetric else device
         self._membership = Membership(seat.member, lighthouses or view.lighthouses, self._deadlines, self.fail)
+        self._membership.on_turn = self.pulse.beat
         self._epoch = CurrentEpoch(seat.member, view, seat.signals, self._membership, lambda: self.on_change())
         self._exchanges = exchanges_of(exchange, seat.member, topology.num_ranks, device, self._deadlines.exchange_s)
         self._pool: ExpertPool | None = None
@@ -321,7 +322,8 @@ class ElasticRuntime:
         within_s = self.pulse.within_s
         if within_s is not None and self._epoch.is_entered and self.groups.waiting(self._thread):
             within_s = max(within_s, self._deadlines.wait_s)
-        return Beat(self.pulse.count, within_s)
+        turns = self.groups.turns if self._epoch.is_entered else 0
+        return Beat(self.pulse.count + turns, within_s)
 
     @property
     def change_is_wanted(self) -> bool:

@@ -50,6 +50,8 @@ class Rank:
     grow_slots: bool = False
     store: ExpertStore = field(init=False)
     left: list[int] = field(default_factory=list)
+    reported: list[str] = field(default_factory=list)
+    entered: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.store = make_store(self.held, knows_digests=False)
@@ -62,11 +64,14 @@ class Rank:
                 raise given
             return given
 
-        membership: Any = SimpleNamespace(next_view=next_view)
+        membership: Any = SimpleNamespace(
+            next_view=next_view, report=self.reported.extend, entered=lambda view: self.entered.append(view.epoch)
+        )
         epoch: Any = SimpleNamespace(
             enter=lambda *_: None,
             leave=lambda view: self.left.append(view.epoch),
             is_left=False,
+            others=None,
             request_join=lambda _view: None,
         )
         disk = Disk(self.disk or Faulty(""))
@@ -94,6 +99,8 @@ def network(monkeypatch: pytest.MonkeyPatch) -> dict[int, Wires]:
     wires: dict[int, Wires] = {}
 
     class Groups:
+        unreached = ()
+
         def __init__(self, view: View, rank: int, *_: Any) -> None:
             shared = wires.setdefault(view.epoch, Wires(len(view.members)))
             self.control = self.data = WireGroup(shared, view.group_rank(rank))
@@ -170,6 +177,25 @@ def test_what_was_lost_in_two_losses_in_a_row_is_told_as_one(network):
     assert zero.left == [5]
     assert placement.slots_per_rank == zero.store.num_slots == EXPERTS
     assert zero.has_right_bytes()
+
+
+def test_whom_a_build_could_not_reach_is_reported_before_the_next_view_is_asked_for(network, monkeypatch):
+    made = recovery_module.EpochGroups
+
+    class Broken(made):  # pyright: ignore[reportGeneralTypeIssues]
+        def build(self):
+            if self.control.size == 3:
+                self.unreached = ("2/0",)
+                raise PeerLost("ranks [2] cannot be reached from here")
+            return self
+
+    monkeypatch.setattr(recovery_module, "EpochGroups", Broken)
+    smaller = view(5, member(0), member(1))
+    ranks = [Rank(r, HELD[r], [ALL, smaller]) for r in (0, 1)]
+    for placement, report in recover(ranks, ALL):
+        assert (report.attempts, report.ranks, placement.epoch) == (2, (0, 1), 5)
+    assert [rank.reported for rank in ranks] == [["2/0"]] * 2
+    assert [rank.entered for rank in ranks] == [[5]] * 2, "what was reported holds until a view is entered"
 
 
 def test_too_few_slots_are_told_to_all_if_none_may_be_added(network):

@@ -157,7 +157,7 @@ class Engine:
         if self._asleep and self._woken_for < next_handshake:
             view = self.runtime.view
             others = [m for m in view.members if m.rank != self.runtime.rank]
-            self.runtime.seat.signals.tell(others, Wake(view.epoch, next_handshake))
+            self.runtime.seat.signals.tell(others, Wake(view.epoch, view.digest, next_handshake))
         (work,) = self.runtime.agree(int(self._pending))
         if not work and not self._asleep:
             self.runtime.pool.check_integrity()
@@ -239,7 +239,7 @@ class Engine:
 
     def _be_woken(self, word: Wake) -> None:
         """In the signals' thread."""
-        if word.epoch == self.runtime.view.epoch:
+        if (word.epoch, word.digest) == (self.runtime.view.epoch, self.runtime.view.digest):
             self._woken_for = max(self._woken_for, word.step)
             self._mailbox.inbox.put(None)
 
