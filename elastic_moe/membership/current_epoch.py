@@ -132,6 +132,8 @@ class CurrentEpoch:
 
     def _peer_is_silent(self, member: Member) -> None:
         """In the signals' thread. Its host may be gone, or only the wire to it."""
+        if self.is_left:
+            return
         if unreachable([member.signals]):
             self._membership.report([member.incarnation])
         log.warning("nothing is heard of rank %d: asking for a new view", member.rank)

@@ -149,13 +149,7 @@ class Membership:
             PeerLost: nobody agreed on anything within `deadline_s` seconds.
         """
         deadline = time.monotonic() + deadline_s
-        self._wait_until_reached(view, deadline)
-        self._beating.set()
-        future = self.request_view(view.epoch)
-        call_begins_s = self._deadlines.connect_s + self._deadlines.settle_s
-        if not view.has(self._me.rank, self._me.incarnation) and self._calling.wait(call_begins_s):
-            time.sleep(ASKED_S)
-            request_join(view)
+        future = self._call_for(view, request_join, deadline)
         while True:
             self.on_turn()
             try:
@@ -169,10 +163,21 @@ class Membership:
             else:
                 if found.has(self._me.rank, self._me.incarnation):
                     return found
-                self._stay_out(found)
-                raise PeerLost(
-                    f"the others go on in epoch {found.epoch} without this process: not all of them reach it"
-                )
+                view = found
+                self._stay_out(view)
+                future = self._call_for(view, request_join, deadline)
+
+    def _call_for(self, view: View, request_join: Callable[[View], None], deadline: float) -> "Future[View]":
+        """Ask for the view after `view`; who is not in that asks its members too, once it reaches them all."""
+        absent = not view.has(self._me.rank, self._me.incarnation)
+        if absent:
+            self._wait_until_reached(view, deadline)
+        self._beating.set()
+        future = self.request_view(view.epoch)
+        if absent and self._calling.wait(self._deadlines.connect_s + self._deadlines.settle_s):
+            time.sleep(ASKED_S)
+            request_join(view)
+        return future
 
     def _stay_out(self, view: View) -> None:
         """The others go on in `view`: they are not kept waiting by this process for a while, longer each time."""
@@ -186,11 +191,10 @@ class Membership:
             self.on_turn()
 
     def _wait_until_reached(self, view: View, deadline: float) -> None:
-        """A process that is in no view comes only when it reaches all members: its heartbeats would hold them up."""
-        if view.has(self._me.rank, self._me.incarnation) or not self._newcomer:
-            return
+        """Its heartbeats, and a group that cannot be built, would hold the others up."""
         while silent := unreachable(member.signals for member in view.members if member.rank != self._me.rank):
-            if len(silent) == len(view.members) or time.monotonic() > deadline:
+            others = len(view.members) - view.has(self._me.rank, self._me.incarnation)
+            if len(silent) == others or time.monotonic() > deadline:
                 return  # of all of them nothing is left, or nothing is known any more
             log.warning("%s cannot be reached: not joining yet", ", ".join(sorted(silent)))
             self.on_turn()
