@@ -15,7 +15,7 @@ import torch
 from elastic_moe.control.report import Report
 from elastic_moe.control.vote import Vote
 from elastic_moe.deadlines import Deadlines
-from elastic_moe.errors import NotEnoughSlots, PeerLost
+from elastic_moe.errors import NotEnoughMembers, NotEnoughSlots, PeerLost
 from elastic_moe.group.epoch_groups import EpochGroups
 from elastic_moe.group.view import Member, View
 from elastic_moe.membership.current_epoch import CurrentEpoch
@@ -57,6 +57,7 @@ class Recovery:
         pulse: Pulse,
         slots_per_rank: int,
         grow_slots: bool,
+        min_members: int,
     ) -> None:
         """`epoch` enters each new view with its groups before they are built, so that other threads may abort them;
         `device` is that of the data group. A rank has `slots_per_rank` slots, and more only where the experts need
@@ -72,6 +73,7 @@ class Recovery:
         self._pulse = pulse
         self._slots_per_rank = slots_per_rank
         self._grow_slots = grow_slots
+        self._min_members = min_members
         self._newcomer = False
         self._phase: Phase | None = None
         self._phase_began = 0.0
@@ -90,6 +92,7 @@ class Recovery:
 
         Raises:
             PeerLost: no agreement within `Deadlines.recovery_s`.
+            NotEnoughMembers: fewer than `min_members` are left; the view and its groups are good.
             NotEnoughSlots: the members' slots cannot hold all experts; the view and its groups are good.
             TransferFailed: an expert can be had from no source, on all members; the view and its groups are good.
         """
@@ -138,6 +141,10 @@ class Recovery:
 
         An expert is lost when no live slot holds it: so no replica can be a source here.
         """
+        if len(view.members) < self._min_members:
+            raise NotEnoughMembers(
+                f"ranks {list(view.ranks)} are left, elastic.min_members={self._min_members}: waiting for others"
+            )
         store, account = self._store, Account(on_progress=self._pulse.beat)
         held, version = self._gather(groups, version)
         held = self._fit_slots(held, view, groups)

@@ -66,6 +66,7 @@ class ElasticRuntime:
         deadlines: Deadlines | None = None,
         lighthouses: Sequence[str] = (),
         grow_slots: bool = True,
+        min_members: int = 1,
         eplb: EplbConfig | None = None,
         exchange: ExchangeConfig | None = None,
         pulse: Pulse | None = None,
@@ -94,7 +95,7 @@ class ElasticRuntime:
         self._deadlines = deadlines or Deadlines.of(
             topology.num_ranks, exchange_s=exchange_timeout_s, start_s=start_timeout_s
         )
-        self._grow_slots = grow_slots
+        self._grow_slots, self._min_members = grow_slots, min_members
         self._eplb = eplb or EplbConfig()
         self._exchange_config = exchange or ExchangeConfig()
         symmetric = self._exchange_config.kind == "symmetric"
@@ -355,6 +356,7 @@ class ElasticRuntime:
             pulse=self.pulse,
             slots_per_rank=pool.slots_per_rank,
             grow_slots=self._grow_slots,
+            min_members=self._min_members,
         )
         newcomer = not self._epoch.is_entered
         with self.pulse.expects(self._deadlines.progress_s):

@@ -16,7 +16,7 @@ from elastic_moe.control import recovery as recovery_module
 from elastic_moe.control.recovery import Recovery
 from elastic_moe.control.report import Report
 from elastic_moe.deadlines import Deadlines
-from elastic_moe.errors import NotEnoughSlots, PeerLost, TransferFailed
+from elastic_moe.errors import NotEnoughMembers, NotEnoughSlots, PeerLost, TransferFailed
 from elastic_moe.group.view import Member, View
 from elastic_moe.placement.placement import EMPTY, Placement
 from elastic_moe.placement.topology import Topology
@@ -48,6 +48,7 @@ class Rank:
     newcomer: bool = False
     version: int = 3
     grow_slots: bool = False
+    min_members: int = 1
     store: ExpertStore = field(init=False)
     left: list[int] = field(default_factory=list)
     reported: list[str] = field(default_factory=list)
@@ -79,6 +80,7 @@ class Rank:
         recovery = Recovery(
             me, membership, epoch, topology, self.store, disk, torch.device("cpu"),
             deadlines=Deadlines(), pulse=Pulse(), slots_per_rank=2, grow_slots=self.grow_slots,
+            min_members=self.min_members,
         )  # fmt: skip
         return recovery.run(old, self.version, "a test", newcomer=self.newcomer)
 
@@ -250,6 +252,14 @@ def test_slots_that_were_added_are_given_back_when_a_rank_has_come_back(network)
     assert report.bytes_by_source == {}
     assert zero.has_right_bytes()
     assert one.has_right_bytes()
+
+
+def test_fewer_members_than_wanted_do_not_serve_and_keep_what_they_hold(network):
+    ranks = [Rank(r, HELD[r], [REST], min_members=3) for r in (0, 2)]
+    for raised in recover(ranks, ALL):
+        assert isinstance(raised, NotEnoughMembers)
+        assert "ranks [0, 2] are left, elastic.min_members=3" in str(raised)
+    assert [rank.store.held.tolist() for rank in ranks] == [[list(HELD[r])] * LAYERS for r in (0, 2)]
 
 
 def test_a_newcomer_brings_experts_but_has_no_say_in_what_is_right(network):

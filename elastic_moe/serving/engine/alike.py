@@ -10,7 +10,7 @@ import torch
 from elastic_moe.config import ServeConfig
 from elastic_moe.weights.shards import Shards
 
-ELASTIC = ("redundant_slots", "slots_per_rank", "grow_slots")
+ELASTIC = ("redundant_slots", "slots_per_rank", "grow_slots", "min_members")
 OF_THE_DIGEST = 12
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from elastic_moe.background import end_process, start_thread
 from elastic_moe.config import ModelConfig, ServeConfig
-from elastic_moe.errors import BatchFailed, ElasticError, NotEnoughSlots, PeerLost, TransferFailed
+from elastic_moe.errors import BatchFailed, ElasticError, NotEnoughMembers, NotEnoughSlots, PeerLost, TransferFailed
 from elastic_moe.integrations.transformers import LoadTimer, elasticize, find_experts, meta_model
 from elastic_moe.membership.launch import Launch, host_of
 from elastic_moe.membership.signals import Wake
@@ -102,6 +102,7 @@ class Engine:
             pulse=self._pulse,
             lighthouses=[url for url in elastic.lighthouse.split(",") if url],
             grow_slots=elastic.grow_slots,
+            min_members=elastic.min_members,
             eplb=self._config.eplb,
             exchange=self._config.exchange,
         )
@@ -177,11 +178,12 @@ class Engine:
             try:
                 report = self.runtime.recover(reason)
                 break
-            except (NotEnoughSlots, TransferFailed, PeerLost) as error:
+            except (NotEnoughSlots, NotEnoughMembers, TransferFailed, PeerLost) as error:
                 self._phase, self._reason = Phase.UNAVAILABLE, str(error)
                 log.error("%s; trying on", error)  # noqa: TRY400 - expected, and told in one line
                 self._mailbox.announce()
-                self._wait_for_change(math.inf if isinstance(error, NotEnoughSlots) else SOURCES_AGAIN_S)
+                waits_for_ranks = isinstance(error, NotEnoughSlots | NotEnoughMembers)
+                self._wait_for_change(math.inf if waits_for_ranks else SOURCES_AGAIN_S)
                 reason = "the group changes, or tries again"
         self._woken_for = 0
         self._asleep = False
