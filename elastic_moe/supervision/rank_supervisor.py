@@ -25,8 +25,8 @@ from elastic_moe.supervision.watch import MAX_BACKOFF_S, HangWatch, Respawns, Se
 POLL_S = 0.1
 """How often a supervisor looks whether a process hangs or is to be started, when nothing happens."""
 FILES, FILES_PER_RANK = 200, 12
-"""Open files of an engine (libraries, sockets of its own), and for each peer (two gloo groups, two of the balancer, their
-duplicates for an abort, signals)."""
+"""Open files of an engine (libraries, its own sockets), and for each peer (two gloo groups, two of the balancer,
+their duplicates for an abort, signals)."""
 SEAT, LIGHTHOUSE = "process", "lighthouse"
 
 
@@ -56,10 +56,10 @@ class RankSupervisor:
         """Keep the children going until a signal comes, the rank cannot start, or its work is done."""
         if self._launch.store:
             end_with_parent()  # torchrun's agent
-        if raise_file_limit() < FILES + FILES_PER_RANK * self._launch.world_size:
-            needed = FILES + FILES_PER_RANK * self._launch.world_size
+        needed = FILES + FILES_PER_RANK * self._launch.world_size
+        if raise_file_limit() < needed:
             complain(
-                f"rank {self._launch.rank}: it may run out of open files: ulimit -n must be {needed} or more", None
+                f"rank {self._launch.rank}: it may run out of open files: ulimit -n is to be {needed} or more", None
             )
         for name in self.services():
             self._start_service(name)

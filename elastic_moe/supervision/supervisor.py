@@ -213,7 +213,8 @@ def complain(line: str, folder: Path | None) -> None:
 def raise_file_limit() -> int:
     """Let this process and its children have as many open files as they may; returns how many."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    with contextlib.suppress(ValueError, OSError):  # without a limit, of what the kernel has
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return hard if hard != resource.RLIM_INFINITY else sys.maxsize
 
 
