@@ -84,6 +84,9 @@ class ElasticConfig:
     max_quick_deaths: int = setting(
         3, "a rank that died this often in a row, soon after it joined or before, ends the launch if no other serves"
     )
+    min_members: int = setting(
+        1, "ranks that serve together at least; fewer answer 503, as the smaller half of a cut network may"
+    )
     lighthouse: str = setting(
         "", "URL[,URL...] of outside lighthouses for membership; empty: one embedded on each node"
     )
@@ -102,6 +105,7 @@ class ElasticConfig:
             check(ok, f"elastic.{key}", value, "must be more than 0 seconds, and finite")
         self.deadlines(num_ranks=1)
         check(self.max_quick_deaths >= 1, "elastic.max_quick_deaths", self.max_quick_deaths, "must be 1 or more")
+        check(self.min_members >= 1, "elastic.min_members", self.min_members, "must be 1 or more")
         urls = [url for url in self.lighthouse.split(",") if url]
         ok = all(url.startswith("http://") for url in urls)
         check(ok, "elastic.lighthouse", self.lighthouse, "must be empty, or http://HOST:PORT[,http://HOST:PORT...]")

@@ -29,5 +29,9 @@ class NotEnoughSlots(ElasticError, ValueError):
     """The live slots cannot hold every logical expert once."""
 
 
+class NotEnoughMembers(ElasticError):
+    """Fewer ranks are left than are to serve together."""
+
+
 class CheckpointError(ElasticError, ValueError):
     """A checkpoint is missing, incomplete, or does not fit the model."""

@@ -25,7 +25,9 @@ MAX_BYTES = 1 << 20
 """The longest message of one part that a server takes, unless told: longer than the addresses of any group. A stranger
 can have a socket keep so much, before the handshake fails, and no more."""
 
-_REFUSED = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+_REFUSED = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+"""Who speaks CURVE with another secret, as a node that was given another. What is no ZMTP libzmq drops at its first
+bytes, untold, and who says nothing has only looked whether the host lives (`group/probe.py`)."""
 Socket = TypeVar("Socket", bound=zmq.Socket)
 log = logging.getLogger(__name__)
 

@@ -217,6 +217,11 @@ class Target:
         """/elastic/status."""
         return await self._get("/elastic/status")
 
+    async def complete(self, prompt: list[int]) -> int:
+        """The HTTP status of the answer to a prompt of tokens."""
+        body = {"model": await self.model(), "prompt": prompt, "max_tokens": 8}
+        return (await self._client.post("/v1/completions", json=body, timeout=120.0)).status_code
+
     async def events(self) -> list[dict[str, Any]]:
         """/elastic/events: per rank and recovery `rank` and `report`."""
         return await self._get("/elastic/events")

@@ -15,13 +15,13 @@ import torch
 from elastic_moe.control.report import Report
 from elastic_moe.control.vote import Vote
 from elastic_moe.deadlines import Deadlines
-from elastic_moe.errors import PeerLost
+from elastic_moe.errors import NotEnoughMembers, NotEnoughSlots, PeerLost
 from elastic_moe.group.epoch_groups import EpochGroups
 from elastic_moe.group.view import Member, View
 from elastic_moe.membership.current_epoch import CurrentEpoch
 from elastic_moe.membership.quorum import Membership
 from elastic_moe.placement.placement import EMPTY, Placement, fewest_slots
-from elastic_moe.placement.repair import grow, lower_bound_moves, repair
+from elastic_moe.placement.repair import grow, lower_bound_moves, repair, shrink
 from elastic_moe.placement.topology import Topology
 from elastic_moe.pulse import Pulse
 from elastic_moe.weights.disk import Disk, OtherDisks
@@ -56,11 +56,14 @@ class Recovery:
         *,
         deadlines: Deadlines,
         pulse: Pulse,
+        slots_per_rank: int,
         grow_slots: bool,
+        min_members: int,
         wire: Wire = PLAIN,
     ) -> None:
         """`epoch` enters each new view with its groups before they are built, so that other threads may abort them;
-        `device` is that of the data group."""
+        `device` is that of the data group. A rank has `slots_per_rank` slots, and more only where the experts need
+        them and `grow_slots` allows it."""
         self._me = me
         self._membership = membership
         self._epoch = epoch
@@ -70,7 +73,9 @@ class Recovery:
         self._device = device
         self._deadlines = deadlines
         self._pulse = pulse
+        self._slots_per_rank = slots_per_rank
         self._grow_slots = grow_slots
+        self._min_members = min_members
         self._wire = wire
         self._newcomer = False
         self._phase: Phase | None = None
@@ -90,6 +95,7 @@ class Recovery:
 
         Raises:
             PeerLost: no agreement within `Deadlines.recovery_s`.
+            NotEnoughMembers: fewer than `min_members` are left; the view and its groups are good.
             NotEnoughSlots: the members' slots cannot hold all experts; the view and its groups are good.
             TransferFailed: an expert can be had from no source, on all members; the view and its groups are good.
         """
@@ -100,12 +106,15 @@ class Recovery:
             attempts += 1
             try:
                 self._enter(Phase.VIEW)
-                with self._pulse.expects(None):  # of those who do not come others are told
-                    view = self._membership.next_view(view, self._epoch.request_join, deadline_s)
+                view = self._membership.next_view(self._epoch.others or view, self._epoch.request_join, deadline_s)
                 self._enter(Phase.GROUPS)
                 groups = EpochGroups(view, self._me.rank, self._device, self._deadlines, self._wire)
                 self._epoch.enter(view, groups)
-                groups.build()
+                try:
+                    groups.build()
+                finally:
+                    self._membership.report(groups.unreached)
+                self._membership.entered(view)
                 self._enter(Phase.REPAIR)
                 placement, num_bytes = self._repair(view, groups, version)
                 break
@@ -135,8 +144,13 @@ class Recovery:
 
         An expert is lost when no live slot holds it: so no replica can be a source here.
         """
+        if len(view.members) < self._min_members:
+            raise NotEnoughMembers(
+                f"ranks {list(view.ranks)} are left, elastic.min_members={self._min_members}: waiting for others"
+            )
         store, account = self._store, Account(on_progress=self._pulse.beat)
         held, version = self._gather(groups, version)
+        held = self._fit_slots(held, view, groups)
         placement = self._plan(held, view, version + 1)
         vote = Vote(groups.control, account, before=lambda: self._enter(Phase.COMMIT))
         until = Until(is_cancelled=lambda: self._epoch.is_left)
@@ -151,7 +165,6 @@ class Recovery:
         """What every seat holds, int32 [L, R * S]; and the newest placement version of all."""
         store = self._store
         num_slots, version, known = groups.control.all_reduce_max([store.num_slots, version, int(not self._newcomer)])
-        store.grow(num_slots)
         store.record_digests()
         bystander = self._newcomer and known  # a newcomer has no say in what the right bytes are
         said = np.full_like(store.digests, UNKNOWN) if bystander else store.digests
@@ -160,17 +173,50 @@ class Recovery:
             log.warning("%d experts brought along have wrong digests", given_up)
         num_layers = store.held.shape[0]
         table = np.full((num_layers, self._topology.num_ranks, num_slots), EMPTY, dtype=np.int64)
-        table[:, self._me.rank] = store.held
+        table[:, self._me.rank, : store.num_slots] = store.held
         table = groups.control.all_reduce_max_array(table)
         return table.reshape(num_layers, -1).astype(np.int32), version
 
+    def _fit_slots(self, held: np.ndarray, view: View, groups: EpochGroups) -> np.ndarray:
+        """Have as many slots as it takes, the same number everywhere: more if they may be added and all have memory for
+        them, no more than a rank is to have once they are not needed.
+
+        Raises:
+            NotEnoughSlots: a rank has no memory for so many, on all members; nothing has changed.
+        """
+        store, group = self._store, groups.control
+        num_slots = held.shape[1] // self._topology.num_ranks
+        wanted, usual = fewest_slots(store.num_experts, len(view.ranks)), self._slots_per_rank
+        if wanted > num_slots and self._grow_slots:
+            room = -group.all_reduce_max([-store.room()])[0]
+            if wanted > room or any(group.all_reduce_max([int(not self._resized(wanted))])):
+                store.resize(min(num_slots, store.num_slots))
+                raise NotEnoughSlots(
+                    f"{len(view.ranks)} ranks need {wanted} slots each for {store.num_experts} experts and have "
+                    f"{num_slots}; one of them has memory for {min(room, wanted - 1)}: restart the ranks that are lost"
+                )
+            return grow(held, num_slots, wanted)
+        if num_slots > usual:
+            fewer = shrink(held, num_slots, usual)
+            if not lower_bound_moves(fewer, store.num_experts, usual, view.ranks):
+                store.resize(usual)
+                return fewer
+        if any(group.all_reduce_max([int(not self._resized(num_slots))])):  # a newcomer's
+            store.resize(min(usual, store.num_slots))
+            raise NotEnoughSlots(f"a rank that joins has no memory for the {num_slots} slots of the others")
+        return held
+
+    def _resized(self, num_slots: int) -> bool:
+        try:
+            self._store.resize(num_slots)
+        except RuntimeError as error:
+            log.error("no memory for %d slots: %s", num_slots, str(error).splitlines()[0])  # noqa: TRY400
+            return False
+        return True
+
     def _plan(self, held: np.ndarray, view: View, version: int) -> Placement:
-        """The repaired placement; with more slots than before if it takes them and they may be added."""
+        """The repaired placement."""
         store, alive = self._store, view.ranks
-        wanted = fewest_slots(store.num_experts, len(alive))
-        if wanted > store.num_slots and self._grow_slots:
-            held = grow(held, store.num_slots, wanted)
-            store.grow(wanted)
         moves = lower_bound_moves(held, store.num_experts, store.num_slots, alive)
         self._lower_bound = moves * store.expert_bytes
         return repair(

@@ -1,5 +1,6 @@
 """SlotExperts: the experts in one rank's slots of one layer, computed by grouped GEMM."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,14 +37,17 @@ class SlotExperts(nn.Module):
         """D."""
         return getattr(self, self._first).shape[1 if self.template.is_transposed else 2]
 
-    def grow(self, num_slots: int) -> None:
-        """Have `num_slots` slots, at new addresses; the old ones keep their place and content, the new hold zeros."""
+    def resize(self, num_slots: int) -> None:
+        """Have `num_slots` slots, at new addresses; those that stay keep their content, new ones hold zeros.
+
+        Raises:
+            RuntimeError: there is no memory for more; some tensors may have them already, `num_slots` is as before.
+                Fewer slots take no memory, though where there is none it is not given back either.
+        """
         with torch.inference_mode(False):  # a recovery in a caller's inference mode; slots are written outside it too
             for name in self.layout.names:
                 old = getattr(self, name)
-                new = old.new_zeros((num_slots, *old.shape[1:]))
-                new[: self.num_slots].copy_(old.detach())
-                setattr(self, name, nn.Parameter(new, requires_grad=old.requires_grad))
+                setattr(self, name, nn.Parameter(_resized(old.detach(), num_slots), requires_grad=old.requires_grad))
         self.num_slots = num_slots
 
     def slot_tensors(self, slot: int) -> Sequence[torch.Tensor]:
@@ -94,6 +98,16 @@ class SlotExperts(nn.Module):
             slot = torch.searchsorted(offsets, torch.arange(rows.shape[0], device=rows.device), right=True)
             out = out + bias[slot.clamp(max=self.num_slots - 1)]
         return out
+
+
+def _resized(old: torch.Tensor, num_slots: int) -> torch.Tensor:
+    if num_slots <= len(old):
+        with contextlib.suppress(RuntimeError):
+            return old[:num_slots].clone()
+        return old[:num_slots]
+    new = old.new_zeros((num_slots, *old.shape[1:]))
+    new[: len(old)].copy_(old)
+    return new
 
 
 def grouped_mm(rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:

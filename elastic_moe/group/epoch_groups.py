@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -15,9 +16,14 @@ from elastic_moe.deadlines import Deadlines
 from elastic_moe.errors import PeerLost
 from elastic_moe.group.backends import MakeBackend, make_gloo, make_nccl
 from elastic_moe.group.epoch_store import EpochStore
-from elastic_moe.group.process_group import Group
-from elastic_moe.group.view import View
+from elastic_moe.group.probe import PROBE_S, unreachable
+from elastic_moe.group.process_group import TURN_S, Group
+from elastic_moe.group.view import Member, View
 from elastic_moe.wire import PLAIN, Wire
+
+PROBE_AFTER_S = 1.0
+"""Members that are not connected after this time, and again, are looked for: one that cannot be reached need not be
+waited for."""
 
 
 class EpochGroups:
@@ -53,6 +59,9 @@ class EpochGroups:
         self._opened: list[Group] = []
         self._when_aborted: list[Callable[[], None]] = []
         self._left = False
+        self._turns = 0
+        self.unreached: tuple[str, ...] = ()
+        """Incarnations that could not be reached when the build was given up."""
 
     def build(self) -> "EpochGroups":
         """Connect to all members over the store that the view's first one offers. Collective.
@@ -63,20 +72,57 @@ class EpochGroups:
             PeerLost: a member did not come in time, or `abort` was called.
         """
         start_thread("groups", self._connect, on_error=self._built.set_exception)
-        build_s = self._deadlines.build_s
-        try:
-            self.control, self.data = self._built.result(build_s)
-        except FutureTimeout:
-            self._fail(f"not built within {build_s:g} s")
-            self.control, self.data = self._built.result()  # unless they came at this very moment
-        return self
+        probe_at = time.monotonic() + PROBE_AFTER_S
+        deadline = time.monotonic() + self._deadlines.build_s
+        while True:
+            self._turns += 1
+            try:
+                self.control, self.data = self._built.result(TURN_S)
+            except FutureTimeout:
+                if time.monotonic() < min(probe_at, deadline):
+                    continue
+                probe_at = time.monotonic() + PROBE_AFTER_S
+                silent = self._silent_members()
+                self.unreached = tuple(member.incarnation for member in silent)
+                if silent:
+                    self._fail(f"ranks {[member.rank for member in silent]} cannot be reached from here")
+                elif time.monotonic() > deadline:
+                    self._fail(f"not built within {self._deadlines.build_s:g} s")
+            else:
+                return self
+
+    def _silent_members(self) -> list[Member]:
+        """Those with an address, for signals or of a group that they offer, from which nothing comes back."""
+        own = self._view.member(self._rank)
+        offered = {member.signals: member for member in self._view.members if member is not own}
+        offered |= {f"tcp://{host}:{port}": member for host, port, member in self._listeners() if member is not own}
+        silent = unreachable(offered)
+        return sorted({offered[address] for address in silent}, key=lambda member: member.rank)
+
+    def _listeners(self) -> list[tuple[str, int, Member]]:
+        """Where the members that have come so far listen for the control group."""
+        found: list[tuple[str, int, Member]] = []
+        with contextlib.suppress(dist.DistStoreError):
+            store = EpochStore(self._offered, PROBE_S, self._wire)
+            prefix = f"elastic_moe/{self.epoch}/{self._view.digest}/control"
+            for member in self._view.members:
+                key = f"{prefix}/ports/{member.rank}"
+                if store.check([key]):
+                    found += [(member.host, int(port), member) for port in store.get(key).decode().split(",") if port]
+        return found
 
     def waiting(self, thread: int) -> bool:
-        """Whether the thread with this ident waits for the members, or the groups are being built."""
-        if not self._built.done():
-            return True
-        groups = [*self._opened, *(self._built.result() if self._built.exception() is None else ())]
-        return any(group.waiting == thread for group in groups)
+        """Whether the thread with this ident waits for messages of the members."""
+        return any(group.waiting == thread for group in self._groups())
+
+    @property
+    def turns(self) -> int:
+        """Rises while a thread waits for the members in a collective, or for the groups to be built."""
+        return self._turns + sum(group.turns for group in self._groups())
+
+    def _groups(self) -> list[Group]:
+        built = self._built.done() and self._built.exception() is None
+        return [*self._opened, *(self._built.result() if built else ())]
 
     def open(self, name: str, timeout_s: float) -> Group:
         """One more gloo group of all members, on the CPU, with a deadline of its own. Collective; waits for all.

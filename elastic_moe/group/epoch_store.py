@@ -71,7 +71,7 @@ class StoreServer:
             now = time.monotonic()
             try:
                 request = _decode_request(frame)
-            except msgspec.MsgspecError:
+            except ValueError:
                 continue
             if isinstance(request, PutRequest):
                 self._kept.pop(request.key, None)

@@ -52,7 +52,9 @@ class Group:
         self.rank = backend.rank()
         self.size = backend.size()
         self.waiting = 0
-        """Ident of the thread that waits for the peers, with a deadline; 0: none does."""
+        """Ident of the thread that waits for messages, in one call with a deadline; 0: none does."""
+        self.turns = 0
+        """Rises while a thread waits in a collective: it looks again and again whether it may go on."""
         self._lock = threading.Lock()
         self._aborted = False
 
@@ -147,18 +149,16 @@ class Group:
         """
         if self._record is None or self.size == 1:
             return
-        self.waiting, begin = threading.get_ident(), time.monotonic()
-        try:
-            with self._told_as_lost("a queued call", begin):
-                is_over = self._record()
-                while not is_over():
-                    self._refuse_if_aborted()
-                    if time.monotonic() - begin > self.timeout_s:
-                        raise RuntimeError("it does not end")
-                    time.sleep(0)
-                self._refuse_if_aborted()  # an abort says so before it breaks anything off
-        finally:
-            self.waiting = 0
+        begin = time.monotonic()
+        with self._told_as_lost("a queued call", begin):
+            is_over = self._record()
+            while not is_over():
+                self.turns += 1
+                self._refuse_if_aborted()
+                if time.monotonic() - begin > self.timeout_s:
+                    raise RuntimeError("it does not end")
+                time.sleep(0)
+            self._refuse_if_aborted()  # an abort says so before it breaks anything off
 
     def barrier(self) -> None:
         """Wait for all ranks.
@@ -197,17 +197,14 @@ class Group:
             raise RuntimeError("this rank has left the group")
 
     def _wait(self, op: str, start: Callable[[], dist.Work]) -> None:
-        self.waiting = threading.get_ident()
-        try:
-            with self._told_as_lost(op, time.monotonic()):
+        with self._told_as_lost(op, time.monotonic()):
+            self._refuse_if_aborted()
+            work = start()
+            while not self._is_done(work):
+                self.turns += 1
                 self._refuse_if_aborted()
-                work = start()
-                while not self._is_done(work):
-                    self._refuse_if_aborted()
-                work.wait()
-                self._refuse_if_aborted()
-        finally:
-            self.waiting = 0
+            work.wait()
+            self._refuse_if_aborted()
 
     @contextlib.contextmanager
     def _told_as_lost(self, op: str, begin: float) -> Iterator[None]:

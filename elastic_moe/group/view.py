@@ -28,6 +28,8 @@ class Member(msgspec.Struct, frozen=True):
     """ZMQ endpoint from which a newcomer takes weights."""
     lighthouse: str = ""
     """URL of the lighthouse that runs beside this member, if one does."""
+    settings: str = ""
+    """Digest of what all members must have alike."""
 
 
 class View(msgspec.Struct, frozen=True):

@@ -19,6 +19,7 @@ from elastic_moe.runtime import ElasticRuntime
 from elastic_moe.weights.checkpoint import CheckpointReader
 from elastic_moe.weights.conversion import target_dtypes
 from elastic_moe.weights.disk import Disk
+from elastic_moe.weights.manifest import DigestFile
 from elastic_moe.weights.materialize import materialize, set_tensor
 from elastic_moe.weights.memory import InMemory
 from elastic_moe.weights.peers import Peers
@@ -73,7 +74,7 @@ def elasticize(
     """Replace the experts modules of `model`, in place, by `ElasticMoELayer`s and load this rank's slots.
 
     With `checkpoint`, `model` is on the meta device (`meta_model`): dense weights are read whole, experts one at a
-    time into their slots and nowhere else; the files stay open (mapped), the last source of a lost expert. Without,
+    time into their slots and nowhere else; the files stay open, the last source of a lost expert. Without,
     `model` holds all its weights and each rank keeps its share.
 
     Args:
@@ -142,6 +143,7 @@ def _load(
 ) -> PreTrainedModel:
     """Everything of a checkpoint that this rank needs: from members if it is a newcomer, else from the disk."""
     names, pool, peers = list(experts), runtime.pool, runtime.peers()
+    layouts = {name: ExpertLayout.of_module(module) for name, module in experts.items()}
     goal = pool.placement.of_rank(runtime.rank)
     counts = (goal != EMPTY).sum(axis=1).tolist()
     total = reader.bytes_total_dense
@@ -152,6 +154,7 @@ def _load(
             from_peers = pool.loaded.num_bytes[Origin.NODE] + pool.loaded.num_bytes[Origin.REMOTE]
             progress(reader.bytes_read + from_peers + (peers.dense_bytes if peers else 0), total)
 
+    reader.on_slice(runtime.pulse.beat)
     had = _dense_from(peers, model, reader, runtime.device) if peers else ()
     for name, tensor in reader.read_dense(runtime.device, but=had):
         set_tensor(model, name, tensor)
@@ -170,7 +173,9 @@ def _load(
         peers.close()
     materialize(model, runtime.device, reader.missing)
     dense = model.state_dict()
-    runtime.hold(store, disk, {name: dense[name] for name in reader.dense_names()})
+    form = list(layouts.values()), sorted(target_dtypes(model).items())
+    kept = DigestFile(reader.folder, reader.fingerprint, form)
+    runtime.hold(store, disk, {name: dense[name] for name in reader.dense_names()}, kept)
     return model.eval()
 
 

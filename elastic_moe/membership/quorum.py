@@ -10,7 +10,7 @@ first that answers is asked, so another node's takes over and knows already who 
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from datetime import timedelta
@@ -22,8 +22,13 @@ from torchft.coordination import LighthouseClient, Quorum
 from elastic_moe.background import OnError, end_process, start_thread
 from elastic_moe.deadlines import Deadlines
 from elastic_moe.errors import PeerLost
+from elastic_moe.group.probe import unreachable
 from elastic_moe.group.view import Member, View
+from elastic_moe.membership.verdict import Record, members_without_disputes
+from elastic_moe.wire import PLAIN, Forged, Wire
 
+BACKOFF_S = (1.0, 30.0)
+"""How long a process stays out that the others could not reach: at first, and at most."""
 JOIN_REQUEST_EVERY_S = 0.5
 """From one request to be taken in to the next: a member that does not hear one hears another."""
 ASKED_S = 0.05
@@ -38,23 +43,47 @@ class Membership:
     """This process's part in the agreement. Everything that waits for a lighthouse runs in a thread of its own."""
 
     def __init__(
-        self, me: Member, lighthouses: Sequence[str], deadlines: Deadlines, on_error: OnError = end_process
+        self,
+        me: Member,
+        lighthouses: Sequence[str],
+        deadlines: Deadlines,
+        on_error: OnError = end_process,
+        wire: Wire = PLAIN,
     ) -> None:
         """`lighthouses` are URLs in the order of preference; nothing is connected before it is needed. `on_error` is
         told of a thread that died."""
         self._me = me
         self._deadlines = deadlines
         self._on_error = on_error
+        self._wire = wire
         self._urls: list[str] = []
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
         self._requests: dict[int, Future[View]] = {}
         self._died_at: dict[str, float] = {}
+        self._dead: set[str] = set()
+        self.on_turn: Callable[[], None] = lambda: None
+        """Called again and again while `next_view` waits."""
+        self._unreached: set[str] = set()
+        self._newcomer = True
+        self._backoff_s = BACKOFF_S[0]
         self._known_since: dict[str, float] = {}
         self._calling = threading.Event()
         self._beating = threading.Event()
         self._closed = threading.Event()
         self._use(lighthouses)
+
+    def entered(self, view: View) -> None:
+        """`view` is the current one, and its groups are built: who was not reached before is no matter any more."""
+        with self._lock:
+            self._unreached, self._newcomer = set(), not view.has(self._me.rank, self._me.incarnation)
+            self._backoff_s = BACKOFF_S[0]
+
+    def report(self, unreached: Collection[str]) -> None:
+        """These incarnations cannot be reached from here: the next view is one without them, or without this process.
+        From any thread."""
+        with self._lock:
+            self._unreached |= set(unreached)
 
     def start(self) -> None:
         """Send heartbeats: from now on others wait for this process when a view is made."""
@@ -73,9 +102,25 @@ class Membership:
         name = _name(rank, incarnation)
         with self._lock:
             self._died_at[name] = time.monotonic()
+            self._dead.add(name)
             asking = any(not future.done() for future in self._requests.values())
         if asking:
             self._vote_for(name)
+
+    def has_died(self, rank: int, incarnation: str) -> bool:
+        """Whether its supervisor has said so, lately or ever."""
+        with self._lock:
+            return _name(rank, incarnation) in self._dead
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the lighthouse that all of a launch prefer counts this process, or is gone: only then may two groups
+        that have been cut from each other ask for one view."""
+        first = self._urls[0] if self._urls else ""
+        since = self._known_since.get(first)
+        if since is not None:
+            return time.monotonic() - since > self._deadlines.settle_s
+        return not first or bool(unreachable([first.removeprefix("http://")]))
 
     def knows_a_death(self, view: View) -> bool:
         """Whether a member of `view` is known to have died: it voted, and died before the view came."""
@@ -111,43 +156,84 @@ class Membership:
             PeerLost: nobody agreed on anything within `deadline_s` seconds.
         """
         deadline = time.monotonic() + deadline_s
-        self._beating.set()
-        future = self.request_view(view.epoch)
-        call_begins_s = self._deadlines.connect_s + self._deadlines.settle_s
-        if not view.has(self._me.rank, self._me.incarnation) and self._calling.wait(call_begins_s):
-            time.sleep(ASKED_S)
-            request_join(view)
+        future = self._call_for(view, request_join, deadline)
         while True:
+            self.on_turn()
             try:
-                return future.result(JOIN_REQUEST_EVERY_S)
+                found = future.result(JOIN_REQUEST_EVERY_S)
             except FutureTimeout:
                 request_join(view)
             except PeerLost as error:
                 if time.monotonic() > deadline:
                     raise PeerLost(f"no view after epoch {view.epoch} within {deadline_s} s: {error}") from error
                 future = self.request_view(view.epoch)
+            else:
+                if found.has(self._me.rank, self._me.incarnation):
+                    return found
+                view = found
+                self._stay_out(view)
+                future = self._call_for(view, request_join, deadline)
+
+    def _call_for(self, view: View, request_join: Callable[[View], None], deadline: float) -> "Future[View]":
+        """Ask for the view after `view`; who is not in that asks its members too, once it reaches them all."""
+        absent = not view.has(self._me.rank, self._me.incarnation)
+        if absent:
+            self._wait_until_reached(view, deadline)
+        self._beating.set()
+        future = self.request_view(view.epoch)
+        if absent and self._calling.wait(self._deadlines.connect_s + self._deadlines.settle_s):
+            time.sleep(ASKED_S)
+            request_join(view)
+        return future
+
+    def _stay_out(self, view: View) -> None:
+        """The others go on in `view`: they are not kept waiting by this process for a while, longer each time."""
+        with self._lock:
+            self._newcomer, self._unreached = True, set()
+            wait_s, self._backoff_s = self._backoff_s, min(2 * self._backoff_s, BACKOFF_S[1])
+        log.warning("left out of epoch %d, ranks %s: asking again in %.0f s", view.epoch, list(view.ranks), wait_s)
+        self._beating.clear()
+        end = time.monotonic() + wait_s
+        while (left := end - time.monotonic()) > 0 and not self._closed.wait(min(left, JOIN_REQUEST_EVERY_S)):
+            self.on_turn()
+
+    def _wait_until_reached(self, view: View, deadline: float) -> None:
+        """Its heartbeats, and a group that cannot be built, would hold the others up."""
+        while silent := unreachable(member.signals for member in view.members if member.rank != self._me.rank):
+            others = len(view.members) - view.has(self._me.rank, self._me.incarnation)
+            if len(silent) == others or time.monotonic() > deadline:
+                return  # of all of them nothing is left, or nothing is known any more
+            log.warning("%s cannot be reached: not joining yet", ", ".join(sorted(silent)))
+            self.on_turn()
+            self._closed.wait(JOIN_REQUEST_EVERY_S)
 
     def _ask(self, after: int, future: "Future[View]") -> None:
         try:
             quorum = self._call(lambda client: self._quorum(client, after))
-            members = members_of(quorum)
+            votes = votes_of(quorum, self._wire)
+            members = members_without_disputes([record for _, record in votes])
             self._use([m.lighthouse for m in members if m.lighthouse])
-            future.set_result(View(1 + max(p.step for p in quorum.participants), members, tuple(self._urls)))
-        except (PeerLost, ValueError, msgspec.MsgspecError) as error:  # or whoever waits would wait for ever
+            future.set_result(View(1 + max(step for step, _ in votes), members, tuple(self._urls)))
+        except (PeerLost, ValueError) as error:  # or whoever waits would wait for ever
             future.set_exception(error if isinstance(error, PeerLost) else PeerLost(str(error)))
 
     def _quorum(self, client: LighthouseClient, after: int) -> Quorum:
         self._calling.set()
+        name = _name(self._me.rank, self._me.incarnation)
         return client.quorum(
-            replica_id=_name(self._me.rank, self._me.incarnation),
+            replica_id=name,
             timeout=timedelta(seconds=self._deadlines.view_call_s),
             address=self._me.address,
             store_address=self._me.store,
             step=after,
             world_size=1,
             shrink_only=False,
-            data={"member": msgspec.json.encode(self._me).decode()},
+            data={"record": self._wire.seal(msgspec.json.encode(self._record()).decode(), f"{name} after {after}")},
         )
+
+    def _record(self) -> Record:
+        with self._lock:
+            return Record(self._me, self._newcomer, tuple(sorted(self._unreached)))
 
     def _vote_for(self, name: str) -> None:
         """Take the part in the vote of a process that died, without a member's record: so nobody waits for it."""
@@ -174,6 +260,9 @@ class Membership:
         client, name, timeout = None, _name(self._me.rank, self._me.incarnation), self._connect_timeout
         self._beating.wait()
         while not self._closed.wait(self._deadlines.heartbeat_s):
+            if not self._beating.is_set():
+                self._known_since.pop(url, None)
+                self._beating.wait()
             try:
                 client = client or LighthouseClient(url, timeout)
                 client.heartbeat(name, timeout)
@@ -207,11 +296,19 @@ class Membership:
         return timedelta(seconds=self._deadlines.connect_s)
 
 
-def members_of(quorum: Quorum) -> tuple[Member, ...]:
-    """Those that voted for themselves, in the order of their ranks."""
-    said = [p.data["member"] for p in quorum.participants if p.data and "member" in p.data]
-    members = [msgspec.json.decode(str(member), type=Member) for member in said]
-    return tuple(sorted(members, key=lambda m: m.rank))
+def votes_of(quorum: Quorum, wire: Wire) -> list[tuple[int, Record]]:
+    """The last epoch and the record of each process that voted for itself. One that the launch did not make, or made
+    for another name or epoch, is a stranger's, and is left out."""
+    votes = []
+    for p in quorum.participants:
+        if p.data and "record" in p.data:
+            try:
+                record = wire.unseal(str(p.data["record"]), f"{p.replica_id} after {p.step}")
+            except Forged as error:
+                log.warning("a stranger at the lighthouse is not counted: %s", error)
+            else:
+                votes.append((p.step, msgspec.json.decode(record, type=Record)))
+    return votes
 
 
 def _name(rank: int, incarnation: str) -> str:

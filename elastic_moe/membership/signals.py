@@ -1,5 +1,7 @@
 """Signals between the members of a group, beside the collectives: somebody died, leave the epoch, take me in.
 
+A word that names a view names it by epoch and digest: two halves of a cut network both go on, with the same numbers.
+
 Each process binds one ROUTER socket, served by a thread; whoever has a signal for it connects a DEALER. msgspec structs
 in MessagePack, never pickle. A signal only asks for a view; nobody acts on it alone.
 
@@ -36,9 +38,11 @@ class PeerDied(msgspec.Struct, tag="peer_died", frozen=True):
 
 
 class ViewRequest(msgspec.Struct, tag="view_request", frozen=True):
-    """Member -> members: the groups of `epoch` are broken; leave them and ask for the next view."""
+    """Member -> members: the groups of the view with this epoch and digest are broken; leave them and ask for the next
+    view."""
 
     epoch: int
+    digest: str
 
 
 class JoinRequest(msgspec.Struct, tag="join_request", frozen=True):
@@ -48,10 +52,18 @@ class JoinRequest(msgspec.Struct, tag="join_request", frozen=True):
 
 
 class Wake(msgspec.Struct, tag="wake", frozen=True):
-    """Member -> members: I have entered handshake number `step` of `epoch`; if you sleep before it, come."""
+    """Member -> members: I have entered handshake number `step` in this view; if you sleep before it, come."""
 
     epoch: int
+    digest: str
     step: int
+
+
+class Greeting(msgspec.Struct, tag="greeting", frozen=True):
+    """Member -> one that it lost without a word of its death: we are these; if you live, we are two groups of one
+    launch."""
+
+    view: View
 
 
 class Alive(msgspec.Struct, tag="alive", frozen=True):
@@ -60,10 +72,19 @@ class Alive(msgspec.Struct, tag="alive", frozen=True):
     incarnation: str
 
 
-Signal = PeerDied | ViewRequest | JoinRequest | Wake | Alive
+Signal = PeerDied | ViewRequest | JoinRequest | Wake | Greeting | Alive
 
 encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Signal).decode
+
+
+def neighbours(view: View, rank: int) -> list[Member]:
+    """Members 1, 2, 4, ... places before and behind `rank` in the ring of a view: a cut wire between two members is
+    noticed by both, at once in small groups, and in large ones by most."""
+    place, size = view.group_rank(rank), len(view.members)
+    steps = [2**power for power in range(size.bit_length()) if 2**power < size]
+    places = {(place + sign * step) % size for step in steps for sign in (1, -1)}
+    return [view.members[other] for other in sorted(places - {place})]
 
 
 class SignalSender:
@@ -147,12 +168,9 @@ class Signals:
 
     def watch(self, view: View, rank: int) -> None:
         """From now on `view` counts: forget the other members, and mind the neighbours of `rank` in its ring."""
-        others = [m for m in view.members if m.rank != rank]
-        self._sender.connect(m.signals for m in others)
-        before, behind = [m for m in others if m.rank < rank], [m for m in others if m.rank > rank]
-        ring = behind + before
+        self._sender.connect(m.signals for m in view.members if m.rank != rank)
         with self._lock:
-            self._neighbours = {m.incarnation: m for m in (ring[0], ring[-1])} if ring else {}
+            self._neighbours = {m.incarnation: m for m in neighbours(view, rank)}
             self._heard = dict.fromkeys(self._neighbours, time.monotonic())
 
     def close(self) -> None:
@@ -179,7 +197,7 @@ class Signals:
     def _receive(self, frame: bytes) -> None:
         try:
             signal = _decode(frame)
-        except msgspec.MsgspecError:
+        except ValueError:
             return  # not one of ours; a stranger on the port must not harm the rank
         if isinstance(signal, Alive):
             with self._lock:

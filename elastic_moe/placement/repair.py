@@ -46,6 +46,12 @@ def grow(held: np.ndarray, slots_per_rank: int, new_slots_per_rank: int) -> np.n
     return np.pad(blocks, room, constant_values=EMPTY).reshape(held.shape[0], -1)
 
 
+def shrink(held: np.ndarray, slots_per_rank: int, new_slots_per_rank: int) -> np.ndarray:
+    """`held` [L, R * slots_per_rank] with the first slots of every rank's block alone: [L, R * new]."""
+    blocks = held.reshape(held.shape[0], held.shape[1] // slots_per_rank, slots_per_rank)
+    return blocks[:, :, :new_slots_per_rank].reshape(held.shape[0], -1)
+
+
 def lower_bound_moves(held: np.ndarray, num_experts: int, slots_per_rank: int, alive: Collection[int]) -> int:
     """The (layer, expert) pairs that no live slot holds: no repair can do with fewer moves."""
     return int((count_experts(only_alive(held, slots_per_rank, alive), num_experts) == 0).sum())

@@ -1,13 +1,14 @@
 """ExpertPool: what one rank has of the experts of all MoE layers. The layers ask it, the runtime leads it."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 import torch
 
 from elastic_moe.config import EplbConfig
 from elastic_moe.control.rebalancer import Rebalancer
+from elastic_moe.control.settle import settle
 from elastic_moe.deadlines import Deadlines
 from elastic_moe.exchange.epochs import Exchanges
 from elastic_moe.exchange.interface import TokenExchange
@@ -20,6 +21,7 @@ from elastic_moe.pulse import Pulse
 from elastic_moe.runtime.idle import IdleForward
 from elastic_moe.transport.staging import Staging
 from elastic_moe.weights.disk import Disk
+from elastic_moe.weights.manifest import DigestFile
 from elastic_moe.weights.sources import Account
 from elastic_moe.weights.store import ExpertStore
 
@@ -60,6 +62,8 @@ class ExpertPool:
         """
         placement = registry.placement
         self.registry = registry
+        self.slots_per_rank = placement.slots_per_rank
+        """S, as it was asked for: after losses it may be more for a while."""
         self.loads = LoadCounter(placement.num_layers, placement.num_experts, device)
         """Where the layers count their tokens."""
         self.balancer = Rebalancer(
@@ -110,6 +114,12 @@ class ExpertPool:
         if disk is None and mode != "off":
             raise ValueError(f"eplb.mode={mode} needs a checkpoint; elasticize with checkpoint=, or use off")
         self._store, self.disk = store, disk
+
+    def settle(
+        self, view: View, groups: EpochGroups, dense: Mapping[str, torch.Tensor], kept: DigestFile | None
+    ) -> None:
+        """All members hold the same bytes from here on, see `control.settle`. Collective."""
+        settle(view, groups, self.placement.of_rank(self.registry.rank), self.store, self.disk, dense, kept)
 
     def enter(self, view: View, groups: EpochGroups) -> None:
         """Tokens travel among the members of `view` from now on. Collective."""

@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -22,24 +21,25 @@ from elastic_moe.group.view import View
 from elastic_moe.membership.current_epoch import CurrentEpoch
 from elastic_moe.membership.launch import Launch, SeatStart, host_of
 from elastic_moe.membership.quorum import Membership
-from elastic_moe.membership.rendezvous import Seat, meet
+from elastic_moe.membership.rendezvous import Seat, meet, refuse_a_stranger
 from elastic_moe.placement.placement import Placement
 from elastic_moe.placement.registry import PlacementRegistry
 from elastic_moe.placement.topology import Topology
 from elastic_moe.pulse import Pulse
 from elastic_moe.runtime.hooks import Hooks
 from elastic_moe.runtime.initial_placement import choose_placement
+from elastic_moe.runtime.lockstep import come_back, others_run
 from elastic_moe.runtime.pool import ExpertPool
 from elastic_moe.supervision.channel import Beat
 from elastic_moe.supervision.supervised import Supervised
 from elastic_moe.transport.staging import open_staging
 from elastic_moe.weights.disk import Disk
+from elastic_moe.weights.manifest import DigestFile
 from elastic_moe.weights.peers import Peers, WeightServer
 from elastic_moe.weights.store import ExpertStore
 
 log = logging.getLogger(__name__)
 
-FINISH_POLL_S = 0.05
 Result = TypeVar("Result")
 
 
@@ -66,6 +66,7 @@ class ElasticRuntime:
         deadlines: Deadlines | None = None,
         lighthouses: Sequence[str] = (),
         grow_slots: bool = True,
+        min_members: int = 1,
         eplb: EplbConfig | None = None,
         exchange: ExchangeConfig | None = None,
         pulse: Pulse | None = None,
@@ -94,13 +95,14 @@ class ElasticRuntime:
         self._deadlines = deadlines or Deadlines.of(
             topology.num_ranks, exchange_s=exchange_timeout_s, start_s=start_timeout_s
         )
-        self._grow_slots = grow_slots
+        self._grow_slots, self._min_members = grow_slots, min_members
         self._eplb = eplb or EplbConfig()
         self._exchange_config = exchange or ExchangeConfig()
         symmetric = self._exchange_config.kind == "symmetric"
         self._group_device = torch.device("cpu") if symmetric else device
         urls = lighthouses or view.lighthouses
         self._membership = Membership(seat.member, urls, self._deadlines, self.fail, seat.wire)
+        self._membership.on_turn = self.pulse.beat
         self._epoch = CurrentEpoch(seat.member, view, seat.signals, self._membership, lambda: self.on_change())
         self._exchanges = exchanges_of(exchange, seat.member, topology.num_ranks, device, self._deadlines.exchange_s)
         self._pool: ExpertPool | None = None
@@ -120,6 +122,7 @@ class ElasticRuntime:
         device: torch.device,
         address: str = "",
         start_timeout_s: float = 120.0,
+        alike: Mapping[str, str] | None = None,
         **settings: Any,
     ) -> "ElasticRuntime":
         """Meet the other ranks of the launch and build the first epoch's groups, collectively; or, for a process that
@@ -130,17 +133,20 @@ class ElasticRuntime:
             device: where experts and tokens live: cpu (gloo) or a CUDA device (NCCL).
             address: endpoint for front ends, of a process that serves requests.
             start_timeout_s: how long to wait for the others, and then for those that load slowly, in seconds.
+            alike: what all ranks must have the same, by names that a user knows.
             **settings: see the constructor.
 
         Raises:
             PeerLost: a rank did not come in time.
+            ValueError: `alike` differs; the message says in what, and where.
         """
         supervised = Supervised.of_launch(start) if isinstance(start, Launch) else None
         if isinstance(start, Launch):
             start = supervised.start if supervised else SeatStart(start)
         server = WeightServer(host_of(start.launch), start.launch.wire)
-        seat = Seat(start, address=address, weights=server.address)
-        view = start.rejoin or meet(start.launch, seat.member, start_timeout_s)
+        seat = Seat(start, address=address, weights=server.address, alike=alike)
+        view = start.rejoin or meet(start.launch, seat, start_timeout_s)
+        refuse_a_stranger(seat, view)
         runtime = cls(seat, view, start.launch.topology, device, start_timeout_s=start_timeout_s, **settings)
         runtime._weight_server = server
         if supervised:
@@ -196,11 +202,10 @@ class ElasticRuntime:
         )
         if eplb.mode != "off":
             load_balancer()
-        config, timeout_s = self._exchange_config, self._deadlines.exchange_s
         self._pool = ExpertPool(
             PlacementRegistry(placement, self.rank, self._topology, self.device),
             self._exchanges,
-            open_staging(config, eplb, me, self._topology, self.device, timeout_s),
+            open_staging(self._exchange_config, eplb, me, self._topology, self.device, self._deadlines.exchange_s),
             eplb,
             self.device,
             self._deadlines,
@@ -215,7 +220,11 @@ class ElasticRuntime:
         return placement
 
     def hold(
-        self, store: ExpertStore, disk: Disk | None = None, dense: Mapping[str, torch.Tensor] | None = None
+        self,
+        store: ExpertStore,
+        disk: Disk | None = None,
+        dense: Mapping[str, torch.Tensor] | None = None,
+        kept: DigestFile | None = None,
     ) -> None:
         """Take the experts of this rank, loaded as the placement says, in order to move and restore them later.
 
@@ -223,16 +232,17 @@ class ElasticRuntime:
             store: all MoE layers, in the placement's order.
             disk: where an expert comes from that no live rank holds (the checkpoint).
             dense: the other tensors by their names in the state dict, for newcomers.
+            kept: the digests that an earlier start has found.
 
         Raises:
-            ValueError: experts shall be balanced, but there is no `disk`: a loss amid a move could not be mended.
+            ValueError: see `ExpertPool.hold`; `Undecided`, see `settle`.
             PeerLost: a peer died, left, or missed the deadline.
         """
         self.pool.hold(store, disk)
         store.record_digests()
         if self._epoch.is_entered:
             with self.groups.control.patient(self._deadlines.start_s):  # for those that load slowly
-                store.digests = self.groups.control.all_reduce_max_array(store.digests)
+                self.pool.settle(self.view, self.groups, dense or {}, kept)
             self.pool.balance(self.view, self.groups, changed=False)
         if self._weight_server is not None and dense is not None:
             self._weight_server.start(dense, store, self.fail)
@@ -285,7 +295,7 @@ class ElasticRuntime:
                 with self.step():
                     return forward()
             except PeerLost as error:
-                self._come_back(str(error))
+                come_back(self, str(error))
 
     def finish(self) -> None:
         """Take part, without tokens, in what the others still run, until every rank of the launch has come here, also
@@ -294,7 +304,7 @@ class ElasticRuntime:
         Raises:
             NotEnoughSlots, TransferFailed: the experts cannot be restored.
         """
-        while self._others_run():
+        while others_run(self, self._topology.num_ranks):
             pass
         with contextlib.suppress(PeerLost):
             self.groups.control.barrier()  # nobody leaves before all know that it is over
@@ -311,36 +321,13 @@ class ElasticRuntime:
         with self.step():
             self.pool.join_idle()
 
-    def _others_run(self) -> bool:
-        """Take part in what the others run now. False: no rank of the whole launch has anything left."""
-        try:
-            (busy,) = self.agree(0)
-            if busy:
-                self.join_idle()
-            elif len(self.view.members) == self._topology.num_ranks:
-                return False
-            else:
-                time.sleep(FINISH_POLL_S)
-        except PeerLost as error:
-            self._come_back(str(error))
-        return True
-
-    def _come_back(self, reason: str) -> None:
-        """Recover, however long it takes until the members agree."""
-        while True:
-            try:
-                self.recover(reason)
-            except PeerLost as error:
-                log.error("%s; trying on", error)  # noqa: TRY400 - expected, and told in one line
-            else:
-                return
-
     def beat(self) -> Beat:
         """What to tell a supervisor: that this process lives, and that its main thread gets on. From any thread."""
         within_s = self.pulse.within_s
         if within_s is not None and self._epoch.is_entered and self.groups.waiting(self._thread):
             within_s = max(within_s, self._deadlines.wait_s)
-        return Beat(self.pulse.count, within_s)
+        turns = self.groups.turns if self._epoch.is_entered else 0
+        return Beat(self.pulse.count + turns, within_s)
 
     @property
     def change_is_wanted(self) -> bool:
@@ -370,7 +357,9 @@ class ElasticRuntime:
             self._group_device,
             deadlines=self._deadlines,
             pulse=self.pulse,
+            slots_per_rank=pool.slots_per_rank,
             grow_slots=self._grow_slots,
+            min_members=self._min_members,
             wire=self.seat.wire,
         )
         newcomer = not self._epoch.is_entered

@@ -11,11 +11,22 @@ from elastic_moe.membership.signals import PeerDied, SignalSender
 from elastic_moe.supervision.busy import busy_ns
 from elastic_moe.supervision.channel import Beat, Refused, ViewChanged
 from elastic_moe.supervision.ports import lasting_port
-from elastic_moe.supervision.supervisor import Child, Event, EventKind, Supervisor, complain, end_with_parent
+from elastic_moe.supervision.supervisor import (
+    Child,
+    Event,
+    EventKind,
+    Supervisor,
+    complain,
+    end_with_parent,
+    raise_file_limit,
+)
 from elastic_moe.supervision.watch import MAX_BACKOFF_S, HangWatch, Respawns, ServiceHealth
 
 POLL_S = 0.1
 """How often a supervisor looks whether a process hangs or is to be started, when nothing happens."""
+FILES, FILES_PER_RANK = 200, 12
+"""Open files of an engine (libraries, its own sockets), and for each peer (two gloo groups, two of the balancer,
+their duplicates for an abort, signals)."""
 SEAT, LIGHTHOUSE = "process", "lighthouse"
 
 
@@ -45,6 +56,11 @@ class RankSupervisor:
         """Keep the children going until a signal comes, the rank cannot start, or its work is done."""
         if self._launch.store:
             end_with_parent()  # torchrun's agent
+        needed = FILES + FILES_PER_RANK * self._launch.world_size
+        if raise_file_limit() < needed:
+            complain(
+                f"rank {self._launch.rank}: it may run out of open files: ulimit -n is to be {needed} or more", None
+            )
         for name in self.services():
             self._start_service(name)
         self._start_process()

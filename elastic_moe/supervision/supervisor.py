@@ -8,6 +8,7 @@ import ctypes
 import enum
 import os
 import queue
+import resource
 import select
 import signal
 import subprocess
@@ -207,6 +208,14 @@ def complain(line: str, folder: Path | None) -> None:
             return
     sys.stderr.write(f"elastic_moe: {line}\n")
     sys.stderr.flush()
+
+
+def raise_file_limit() -> int:
+    """Let this process and its children have as many open files as they may; returns how many."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # without a limit, of what the kernel has
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard if hard != resource.RLIM_INFINITY else sys.maxsize
 
 
 def end_with_parent() -> None:

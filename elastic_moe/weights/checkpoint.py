@@ -1,7 +1,7 @@
 """Reads a Hugging Face safetensors checkpoint one expert at a time, and only the bytes of that expert."""
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class CheckpointReader:
     """Every tensor of a checkpoint, converted as `from_pretrained` does, the experts one by one.
 
-    A context manager; for one thread at a time. Files are mapped, not copied: the peak of memory is one expert (or
-    one dense tensor) above what the caller keeps. The exception is a conversion that mixes experts: then the whole
+    A context manager; for one thread at a time. The peak of memory is one expert (or one dense tensor) above what the
+    caller keeps, as it is in the file. The exception is a conversion that mixes experts: then the whole
     layer is read for each of them, as `bytes_per_expert` tells.
 
     Args:
@@ -40,11 +40,14 @@ class CheckpointReader:
     """
 
     def __init__(self, folder: str | Path, model: "PreTrainedModel", experts: Mapping[str, ExpertLayout]) -> None:
-        _refuse_quantised(Path(folder))
+        self.folder = Path(folder)
+        _refuse_quantised(self.folder)
         self._layouts = dict(experts)
         self._conversion = Conversion(model)
         self._dtypes = target_dtypes(model)
-        self._shards = Shards(Path(folder))
+        self._shards = Shards(self.folder)
+        self.fingerprint = self._shards.fingerprint
+        """See `Shards.fingerprint`."""
         try:
             self._plan = make_plan(self._conversion, self._shards, self._layouts, model)
         except BaseException:
@@ -62,6 +65,10 @@ class CheckpointReader:
     def close(self) -> None:
         """Close the files. Tensors already read stay valid."""
         self._shards.close()
+
+    def on_slice(self, act: Callable[[], None]) -> None:
+        """Have `act` called with every slice of a file that is read."""
+        self._shards.on_slice = act
 
     @property
     def bytes_read(self) -> int:

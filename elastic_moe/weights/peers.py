@@ -71,7 +71,7 @@ class WeightServer:
             sender, *frames = self._router.recv_multipart()
             try:
                 request = _decode_request(frames[-1])
-            except msgspec.MsgspecError:
+            except ValueError:
                 continue  # not one of ours
             if request.name:
                 tensors = [dense[request.name].detach().cpu()] if request.name in dense else []

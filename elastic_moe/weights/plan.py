@@ -17,6 +17,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+OF_QUANTISED = (
+    *("scale", "scale_inv", "scales", "scale_2", "zero_point", "zeros"),
+    *("qweight", "qzeros", "g_idx", "absmax", "quant_map", "quant_state", "weight_packed", "_blocks"),
+)
+"""How the names of what quantised weights need end."""
+MIN_FLOAT_BYTES = 2
+
+
 class Access(Enum):
     """How one expert is taken out of what its recipe needs."""
 
@@ -80,6 +88,7 @@ def make_plan(
     module_of = _expert_targets(conversion.targets, layouts)
     single = conversion.targets | {name: conversion.targets[name][:1] for name in module_of}
     recipes, unexpected = conversion.plan(shards.names)
+    _refuse_scales(unexpected, shards)
     experts: dict[str, list[Step]] = {module: [] for module in layouts}
     dense: list[Step] = []
     for recipe in recipes:
@@ -144,6 +153,8 @@ def _checked(step: Step, conversion: Conversion, shards: Shards, expected: Mappi
         CheckpointError: the result is not what `expected` has.
     """
     source = _source(step.recipe)
+    for name in step.recipe.names:
+        _refuse_dtype(name, step.recipe, shards, expected)
     tensors = {p: [_blank(shards, *part) for part in group] for p, group in step.parts(0).items()}
     try:
         made = conversion.run(step.recipe, tensors, expected)
@@ -158,6 +169,38 @@ def _checked(step: Step, conversion: Conversion, shards: Shards, expected: Mappi
                 f"{tuple(expected[name].shape)}"
             )
     return replace(step, made=tuple(made))
+
+
+def _refuse_scales(unexpected: Iterable[str], shards: Shards) -> None:
+    """What a quantised checkpoint has beside its weights must not be left out in silence; what belongs to modules that
+    the model does not have may.
+
+    Raises:
+        CheckpointError: there is such a tensor.
+    """
+    used = {name.rpartition(".")[0] for name in set(shards.names) - set(unexpected)}
+    for name in unexpected:
+        owner, _, last = name.rpartition(".")
+        if owner in used and last.endswith(OF_QUANTISED):
+            raise CheckpointError(
+                f"{name} in {shards.where(name)}: the weights are quantised, though config.json has no "
+                "quantization_config; give a checkpoint in bfloat16, float16 or float32"
+            )
+
+
+def _refuse_dtype(name: str, recipe: Recipe, shards: Shards, expected: Mapping[str, torch.Tensor]) -> None:
+    """Integers and 8-bit floats are no weights by themselves: they need the scale they were divided by.
+
+    Raises:
+        CheckpointError: the model has a float of 16 bits or more where the checkpoint has such.
+    """
+    target, dtype = expected.get(recipe.target), shards.dtype(name)
+    is_weight = target is None or target.is_floating_point()
+    if is_weight and (dtype is None or not dtype.is_floating_point or dtype.itemsize < MIN_FLOAT_BYTES):
+        raise CheckpointError(
+            f"{name} in {shards.where(name)} is {str(dtype).removeprefix('torch.')}, where the model has a float: the "
+            "weights are quantised, and config.json does not say how; give a checkpoint in bfloat16, float16 or float32"
+        )
 
 
 def _source(recipe: Recipe) -> str:

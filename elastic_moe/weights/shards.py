@@ -1,81 +1,137 @@
-"""The safetensors files of one checkpoint folder, each mapped once; a tensor is read when it is asked for."""
+"""The safetensors files of one checkpoint folder: a tensor is read when it is asked for, from the file, in slices.
 
+Not by a mapping: a file that is cut, or a disk that fails, would kill whoever touches the page. A read says so.
+"""
+
+import hashlib
 import json
-import re
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from elastic_moe.errors import CheckpointError
 
+SLICE_BYTES = 1 << 24
+"""Read at once; between slices there is progress."""
+DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
+    "U32": torch.uint32, "I32": torch.int32, "U64": torch.uint64, "I64": torch.int64, "F16": torch.float16,
+    "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu, "C64": torch.complex64,
+}  # fmt: skip
+"""By their names in a header; others cannot be read."""
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+
+
+class _Tensor(NamedTuple):
+    path: Path
+    file: int
+    begin: int
+    dtype: str
+    shape: tuple[int, ...]
+    place: tuple[int, int]
 
 
 class Shards:
     """Tensors of a checkpoint by name. Opening reads the headers only.
 
-    What `read` returns may share memory with the mapped file: copy it before the file can change.
-
     Raises:
-        CheckpointError: a file is missing, truncated or not safetensors.
+        CheckpointError: a file is missing, truncated or not safetensors; or a tensor is in two of them.
     """
 
     def __init__(self, folder: Path) -> None:
         self.bytes_read = 0
-        self._files = ExitStack()
-        self._owner: dict[str, Any] = {}
-        self._place: dict[str, tuple[int, int]] = {}
+        self.on_slice: Callable[[], None] = lambda: None
+        """Called with every slice that was read."""
+        self._tensors: dict[str, _Tensor] = {}
+        headers = hashlib.sha256()
         with ExitStack() as files:
             for number, path in enumerate(_shard_paths(folder)):
-                shard = files.enter_context(_open(path))
-                names = shard.offset_keys()
-                self._owner.update(dict.fromkeys(names, shard))
-                self._place.update((name, (number, index)) for index, name in enumerate(names))
+                file, header, begin = _open(path, files)
+                headers.update(f"{path.name} {os.fstat(file).st_size} ".encode() + header)
+                entries = json.loads(header)
+                entries.pop("__metadata__", None)
+                for name, entry in entries.items():
+                    if name in self._tensors:
+                        other = self._tensors[name].path
+                        raise CheckpointError(f"{name} is in {other} and in {path}: it may be in one only")
+                    offset = begin + entry["data_offsets"][0]
+                    shape = tuple(entry["shape"])
+                    self._tensors[name] = _Tensor(path, file, offset, entry["dtype"], shape, (number, offset))
             self._files = files.pop_all()
+        self.fingerprint = headers.hexdigest()[:16]
+        """Of the names and sizes of files, and the names, dtypes, shapes and places of tensors; not of their values."""
 
     @property
     def names(self) -> Iterable[str]:
         """Every tensor of the checkpoint."""
-        return self._owner.keys()
+        return self._tensors.keys()
 
     def place(self, name: str) -> tuple[int, int]:
-        """Where the tensor lies: the number of its file and its rank in there; reading in this order is fastest."""
-        return self._place[name]
+        """Where the tensor lies: the number of its file and its place in there; reading in this order is fastest."""
+        return self._tensors[name].place
+
+    def where(self, name: str) -> Path:
+        """The file that has it."""
+        return self._tensors[name].path
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape in the header."""
-        return tuple(self._owner[name].get_slice(name).get_shape())
+        return self._tensors[name].shape
+
+    def dtype(self, name: str) -> torch.dtype | None:
+        """The dtype in the header; None for one that torch does not have."""
+        return DTYPES.get(self._tensors[name].dtype)
 
     def num_bytes(self, name: str, index: int | None = None) -> int:
         """What `read(name, index)` will read."""
-        part = self._owner[name].get_slice(name)
-        shape = part.get_shape() if index is None else part.get_shape()[1:]
-        bits = re.search(r"\d+", part.get_dtype())  # "BF16", "F8_E4M3"; BOOL takes a byte
-        return prod(shape) * (int(bits.group()) if bits else 8) // 8
+        tensor = self._tensors[name]
+        shape = tensor.shape if index is None else tensor.shape[1:]
+        return prod(shape) * self._dtype(name).itemsize
 
     def read(self, name: str, index: int | None = None) -> torch.Tensor:
         """The whole tensor, or the part `[index : index + 1]` of its first dimension, on the CPU.
 
         Raises:
-            CheckpointError: the file cannot be read.
+            CheckpointError: the file cannot be read, or ends too early.
         """
-        try:
-            part = self._owner[name].get_slice(name)
-            tensor = part[...] if index is None else part[index : index + 1]
-        except SafetensorError as error:
-            raise CheckpointError(f"cannot read {name}: {error}") from error
-        self.bytes_read += tensor.nbytes
-        return tensor
+        tensor, dtype, size = self._tensors[name], self._dtype(name), self.num_bytes(name, index)
+        data = torch.empty(size, dtype=torch.uint8)
+        buffer, begin = data.numpy().data, tensor.begin + (index or 0) * size
+        for done in range(0, size, SLICE_BYTES):
+            self._fill(buffer[done : done + SLICE_BYTES], begin + done, name)
+            self.on_slice()
+        self.bytes_read += size
+        shape = tensor.shape if index is None else (1, *tensor.shape[1:])
+        return data.view(dtype).reshape(shape)
 
     def close(self) -> None:
         """Close the files. Tensors already read stay valid."""
         self._files.close()
+
+    def _fill(self, part: memoryview, begin: int, name: str) -> None:
+        tensor = self._tensors[name]
+        while part:
+            try:
+                count = os.preadv(tensor.file, [part], begin)
+            except OSError as error:
+                raise CheckpointError(f"cannot read {name} from {tensor.path}: {error}") from error
+            if not count:
+                raise CheckpointError(f"cannot read {name}: {tensor.path} ends at byte {begin}, it has been cut")
+            part, begin = part[count:], begin + count
+
+    def _dtype(self, name: str) -> torch.dtype:
+        tensor = self._tensors[name]
+        if tensor.dtype not in DTYPES:
+            raise CheckpointError(f"{name} in {tensor.path} is {tensor.dtype}, which cannot be read")
+        return DTYPES[tensor.dtype]
 
 
 def _shard_paths(folder: Path) -> list[Path]:
@@ -95,8 +151,14 @@ def _shard_paths(folder: Path) -> list[Path]:
     return [folder / file for file in files]
 
 
-def _open(path: Path) -> Any:
+def _open(path: Path, files: ExitStack) -> tuple[int, bytes, int]:
+    """Descriptor, header, and where the data begins; safetensors checks that all of it fits together."""
     try:
-        return safe_open(path, framework="pt", device="cpu")
+        with safe_open(path, framework="pt", device="cpu"):
+            pass
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        files.callback(os.close, file)
+        size = int.from_bytes(os.pread(file, 8, 0), "little")
+        return file, os.pread(file, size, 8), 8 + size
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error

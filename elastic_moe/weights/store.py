@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from elastic_moe.experts.slots import SlotExperts
+from elastic_moe.memory.free import free_bytes
 from elastic_moe.placement.placement import EMPTY
 from elastic_moe.weights.digest import digest
 from elastic_moe.weights.sources import Landing, Want
@@ -71,14 +72,31 @@ class ExpertStore(Landing):
         self.digests = np.where(digests == UNKNOWN, self.digests, digests)
         return given_up
 
-    def grow(self, num_slots: int) -> None:
-        """Have at least `num_slots` slots in every layer; the new ones are empty."""
-        more = num_slots - self.num_slots
-        if more <= 0:
+    def room(self) -> int:
+        """Slots of every layer that this rank has memory for."""
+        of_a_slot = sum(layer.layout.num_bytes for layer in self.layers)
+        largest = max(layer.layout.num_bytes for layer in self.layers)
+        free = free_bytes(self.tensors(0, 0)[0].device) - largest * self.num_slots  # a layer is copied at a time
+        return self.num_slots + max(0, free // of_a_slot)
+
+    def resize(self, num_slots: int) -> None:
+        """Have `num_slots` slots in every layer; new ones are empty.
+
+        Raises:
+            RuntimeError: there is no memory for so many; all is as before.
+        """
+        before = self.num_slots
+        if num_slots == before:
             return
-        for experts in self.layers:
-            experts.grow(num_slots)
-        self.held = np.pad(self.held, ((0, 0), (0, more)), constant_values=EMPTY)
+        try:
+            for experts in self.layers:
+                experts.resize(num_slots)
+        except RuntimeError:  # of torch, on any device
+            for experts in self.layers:
+                experts.resize(before)
+            raise
+        more = max(0, num_slots - before)
+        self.held = np.pad(self.held, ((0, 0), (0, more)), constant_values=EMPTY)[:, :num_slots]
 
     def tensors(self, layer: int, slot: int) -> Sequence[torch.Tensor]:
         """Views of the tensors in a slot."""

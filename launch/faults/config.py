@@ -8,10 +8,10 @@ from elastic_moe.config import ServeConfig, check, describe, setting
 from launch.config import load
 
 KINDS = (
-    *("kill", "stop", "hang", "term", "kill_two", "kill_in_recovery"),
-    *("corrupt", "kill_node", "cut", "partition", "slow", "calm"),
+    *("kill", "stop", "hang", "term", "kill_two", "kill_in_recovery", "hang_in_recovery"),
+    *("corrupt", "kill_node", "cut", "partition", "slow", "poison", "calm"),
 )
-PAIRS = ("kill_two", "kill_in_recovery", "cut")
+PAIRS = ("kill_two", "kill_in_recovery", "hang_in_recovery", "cut")
 """Kinds with two victims."""
 MIN_NODES = {"corrupt": 2, "kill_node": 2, "partition": 2, "cut": 3}
 """Kinds that need so many nodes started here."""

@@ -11,7 +11,7 @@ BIT = 0x40
 def flip_experts(folder: Path) -> int:
     """Flip bits of all experts in the safetensors files of `folder`; again: they are right again.
 
-    Whoever has the files mapped sees it at once. Returns how many bits.
+    Whoever has the files open sees it at once. Returns how many bits.
     """
     num_flipped = 0
     for path in sorted(folder.glob("*.safetensors")):

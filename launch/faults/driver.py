@@ -1,11 +1,14 @@
 """Drives a server through faults under load, one after the other."""
 
 import asyncio
+import contextlib
 import json
 import math
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,10 +19,13 @@ from launch.faults.config import OF_NETWORK, ChaosConfig, ChaosRunConfig, server
 from launch.faults.disk import flip_experts
 from launch.faults.kinds import LASTS_S, Cuts, Fault, Fired, fire, schedule
 from launch.faults.progress import largest, tell
+from launch.faults.sabotage.sitecustomize import DIES
 from launch.faults.summary import Round, is_good, placement_fault, summary
 from launch.network import Network
 from launch.server import POLL_S, START_TIMEOUT_S, OwnServer, ServerFailed, Target
 from launch.streams import Answer, Load, make_asks
+
+SABOTAGE = str(Path(__file__).parent / "sabotage")
 
 
 def run(config: ChaosRunConfig, overrides: list[str]) -> int:
@@ -32,6 +38,8 @@ def run(config: ChaosRunConfig, overrides: list[str]) -> int:
             told = server_overrides(config, overrides)
             if set(OF_NETWORK) & set(chaos.kind_names()):
                 network = stack.enter_context(Network(chaos.nodes))
+            if "poison" in chaos.kind_names():
+                stack.enter_context(in_environment("PYTHONPATH", SABOTAGE))
             own = stack.enter_context(OwnServer(chaos.ranks, chaos.nodes, told, model, network))
         found = break_server(chaos, own, console, network)
     good = is_good(found, chaos.max_gap_ms or math.inf)
@@ -58,6 +66,20 @@ def break_server(
         ServerFailed: the server does not come up, or fails undisturbed.
     """
     return asyncio.run(_Chaos(config, own, console, network).run(own.url if own else config.url))
+
+
+@contextlib.contextmanager
+def in_environment(name: str, value: str) -> Iterator[None]:
+    """What is started inside has the variable `name`."""
+    before = os.environ.get(name)
+    os.environ[name] = value if before is None else os.pathsep.join((value, before))
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 class _Chaos:
@@ -113,8 +135,10 @@ class _Chaos:
                 await asyncio.sleep(0.001)
             if disk:
                 await asyncio.to_thread(flip_experts, disk)
+            poison = asyncio.create_task(target.complete([*DIES, 5])) if fault.kind == "poison" else None
             fired = Fired(0.0, 0.0, ()) if running.done() else await fire(fault, engines, node, self._cuts)
             await running
+            refused = (await poison) if poison else None
             victims = frozenset[int]()
             if fired.victims and fault.kind not in LASTS_S:
                 victims = frozenset(engines[rank].pid for rank in fault.ranks)
@@ -134,6 +158,7 @@ class _Chaos:
             healed_s=healed_s,
             placement_fault=placement_fault(status) if status is not None else "",
             client_lag_s=disturbed.lag_s,
+            poison_status=refused,
         )
 
 

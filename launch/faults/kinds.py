@@ -17,9 +17,10 @@ from launch.network import Network
 AFTER = (0.1, 0.7)
 """Fraction of the pieces of all answers that has arrived when a fault comes."""
 DELAY_S = (0.03, 0.3)
-"""From the first victim of kill_in_recovery to the second: as long as detection and recovery take."""
+"""From the first victim of IN_RECOVERY to the second: as long as detection and recovery take."""
 SIGNALS = {"stop": signal.SIGSTOP, "term": signal.SIGTERM}
 """Of the kinds that do not send SIGKILL."""
+IN_RECOVERY = ("kill_in_recovery", "hang_in_recovery")
 LASTS_S = {"cut": 6.0, "partition": 8.0, "slow": 3.0}
 """Kinds that end by themselves, nobody being killed, and after how many seconds."""
 SLOW_S = (0.09, 0.01)
@@ -35,7 +36,7 @@ class Fault:
     """The victims, in their order."""
     after: float
     delay_s: float
-    """Before the second victim of kill_in_recovery."""
+    """Before the second victim of IN_RECOVERY."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def schedule(seed: int, count: int, kinds: Sequence[str], node_of_rank: Sequence
     faults = []
     for kind in order[:count] + end:
         victims = rng.sample(ranks, 2 if kind in PAIRS else 1)
-        if kind == "calm":
+        if kind in ("calm", "poison"):
             victims = []
         if kind == "cut":
             victims = [node_of_rank.index(node) for node in rng.sample(sorted(set(node_of_rank)), 2)]
@@ -78,7 +79,7 @@ def schedule(seed: int, count: int, kinds: Sequence[str], node_of_rank: Sequence
         if kind == "partition":
             victims = [rank for rank in ranks if node_of_rank[rank] > max(node_of_rank) // 2]
         after, delay_s = rng.uniform(*AFTER), rng.uniform(*DELAY_S)
-        faults.append(Fault(kind, tuple(victims), after, delay_s if kind == "kill_in_recovery" else 0.0))
+        faults.append(Fault(kind, tuple(victims), after, delay_s if kind in IN_RECOVERY else 0.0))
     return faults
 
 
@@ -130,10 +131,10 @@ async def _signal(fault: Fault, targets: Sequence[psutil.Process]) -> list[psuti
     number = SIGNALS.get(fault.kind, signal.SIGKILL)  # calm has nobody to send it to
     victims = []
     for i, process in enumerate(targets):
-        if i and fault.kind == "kill_in_recovery":
+        if i and fault.kind in IN_RECOVERY:
             await asyncio.sleep(fault.delay_s)
         with contextlib.suppress(psutil.NoSuchProcess):
-            if fault.kind == "hang":
+            if fault.kind == "hang" or (i and fault.kind == "hang_in_recovery"):
                 hang_main_thread(process.pid)
             else:
                 process.send_signal(number)

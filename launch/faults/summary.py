@@ -13,6 +13,7 @@ from launch.streams import Answer, Streamed
 
 KILLS = ("kill", "kill_two", "kill_in_recovery", "corrupt")
 """Kinds whose victims die at once."""
+INTERNAL_ERROR = 500
 PHASES = ("detect", "view", "groups", "repair", "commit", "repeat")
 
 
@@ -31,15 +32,18 @@ class Round(Streamed):
     """Until all ranks served again, from the end of the fault; None: not in time."""
     placement_fault: str
     """What is wrong with the placements of the healed group; empty: nothing."""
+    poison_status: int | None = None
+    """HTTP status of the answer to a poisonous request."""
 
     @property
     def counted(self) -> bool:
         """Whether each victim is among the lost of a recovery, and wrong bytes among what was refused. Of two with a
-        cut wire between them one is enough; nobody may be lost because he is slow."""
+        cut wire between them one is enough; nobody may be lost because he is slow; poison is refused as an error."""
         lost = {rank for event in self.reports for rank in event["report"]["lost"]}
         victims, kind = set(self.fault.ranks), self.fault.kind
         seen = {"cut": bool(victims & lost), "slow": not lost}.get(kind, victims <= lost)
-        return self.fired and seen and (self.rejected > 0 or kind != "corrupt")
+        was_refused = self.poison_status == INTERNAL_ERROR or kind != "poison"
+        return self.fired and seen and was_refused and (self.rejected > 0 or kind != "corrupt")
 
     @property
     def in_recovery(self) -> bool:

@@ -26,7 +26,7 @@ HIDDEN = 5
 def build(launch, timeout_s=20.0, ranks=()):
     """`ranks` are the seats, where they are others than 0, 1, ..."""
     seat = Seat(SeatStart(launch))
-    view = meet(launch, seat.member, 30)
+    view = meet(launch, seat, 30)
     if ranks:
         members = zip(view.members, ranks, strict=True)
         view = View(view.epoch, tuple(msgspec.structs.replace(member, rank=rank) for member, rank in members))
@@ -147,7 +147,7 @@ def build_without_one(launch):
         return None
     seat = Seat(SeatStart(launch))
     absent = Member(2, 0, "absent", 0, "127.0.0.1", "", "127.0.0.1:1")
-    both = meet(Launch(launch.rank, 2, launch.rank, 2, 0, launch.store), seat.member, 10)
+    both = meet(Launch(launch.rank, 2, launch.rank, 2, 0, launch.store), seat, 10)
     groups = EpochGroups(View(2, (*both.members, absent)), launch.rank, torch.device("cpu"), Deadlines())
     threading.Timer(0.3, groups.abort).start()
     begin = time.monotonic()
@@ -165,7 +165,7 @@ def come_alone(launch):
         return None
     seat = Seat(SeatStart(launch))
     with pytest.raises(PeerLost, match=r"ranks \[1\] did not come"):
-        meet(launch, seat.member, 1.0)
+        meet(launch, seat, 1.0)
     return True
 
 

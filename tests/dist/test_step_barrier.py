@@ -21,7 +21,7 @@ from elastic_moe.group.step_barrier import MARGIN, StepBarrier
 def build(launch, timeout_s=20.0):
     """The store that serves the groups lives in the seat: it is returned to be kept."""
     seat = Seat(SeatStart(launch))
-    view = meet(launch, seat.member, 30)
+    view = meet(launch, seat, 30)
     groups = EpochGroups(view, launch.rank, torch.device("cpu"), Deadlines.of(launch.world_size, exchange_s=timeout_s)).build()
     return seat, groups, StepBarrier(groups.open("steps", timeout_s))
 

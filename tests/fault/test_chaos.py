@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -41,10 +42,10 @@ def test_what_a_schedule_holds(seed: int):
     assert [f.kind for f in schedule(seed, 5, ["kill_node"], TWO_NODES)] == ["kill_node"]
     for fault in faults:
         assert AFTER[0] <= fault.after <= AFTER[1]
-        two = ("kill_two", "kill_in_recovery", "kill_node", "cut", "partition")
-        victims = 2 if fault.kind in two else 0 if fault.kind == "calm" else 1
+        two = ("kill_two", "kill_in_recovery", "hang_in_recovery", "kill_node", "cut", "partition")
+        victims = 2 if fault.kind in two else 0 if fault.kind in ("calm", "poison") else 1
         assert len(set(fault.ranks)) == len(fault.ranks) == victims
-        assert fault.delay_s == 0 or fault.kind == "kill_in_recovery"
+        assert fault.delay_s == 0 or fault.kind in ("kill_in_recovery", "hang_in_recovery")
         assert fault.kind not in ("kill_node", "partition") or fault.ranks == (2, 3)
         assert fault.kind != "cut" or sorted(fault.ranks) == [0, 2], "two ranks of one host have no wire between them"
     asks = make_asks(seed, 8)
@@ -136,6 +137,13 @@ def test_who_must_be_lost(kind: str, lost: list[int], counted: int):
     wanted = Answer(text="ab", finish="length", num_tokens=2, arrivals=[1.0, 1.1])
     found = summary([a_round(lost, wanted, kind, ranks=(1, 2))], [wanted], 1)
     assert found["faults"]["counted"] == counted
+
+
+def test_poison_counts_when_it_is_refused_as_an_error():
+    wanted = Answer(text="ab", finish="length", num_tokens=2, arrivals=[1.0, 1.1])
+    for status, counted in ((500, 1), (200, 0), (503, 0), (None, 0)):
+        one = dataclasses.replace(a_round([], wanted, "poison", ranks=()), poison_status=status)
+        assert summary([one], [wanted], 1)["faults"]["counted"] == counted
 
 
 def test_whether_the_second_victim_was_lost_in_the_recovery_from_the_first():
@@ -230,6 +238,21 @@ def test_a_bad_disk_then_the_loss_of_a_node():
     assert found["gap_ms_by_kind"].keys() == {"corrupt", "kill_node"}
     assert found["rejected"] > 0
     assert sum(found["bytes_by_source"].values()) == found["bytes_lower_bound"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(170)
+def test_ranks_that_hang_and_a_request_that_kills():
+    found = run_chaos("chaos.faults=3", "chaos.kinds=hang,hang_in_recovery,poison")
+    assert found["gap_ms_by_kind"]["hang"]["max"] < 4000
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(170)
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: network namespaces")
+def test_a_cut_wire_and_a_partition():
+    found = run_chaos("chaos.faults=2", "chaos.kinds=cut,partition", "chaos.nodes=4")
+    assert found["not_rejoined"] == 0
 
 
 @pytest.mark.slow

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from support.server import DEMO_MODEL, Ended, Server, run_to_end, wait_until
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -24,8 +26,16 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoints that cannot be served."""
     root = tmp_path_factory.mktemp("checkpoints")
     (root / "empty").mkdir()
-    for name in ("truncated", "no_weights", "dense"):
+    for name in ("truncated", "no_weights", "dense", "bad_tokenizer", "no_tokenizer", "float8"):
         shutil.copytree(DEMO_MODEL, root / name)
+    (root / "bad_tokenizer" / "tokenizer.json").write_text("{")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (root / "no_tokenizer" / name).unlink()
+    weights = load_file(root / "float8" / "model.safetensors")
+    for name in [name for name in weights if ".experts." in name]:
+        weights[f"{name}_scale_inv"] = torch.ones(1, 1)
+        weights[name] = weights[name].to(torch.float8_e4m3fn)
+    save_file(weights, root / "float8" / "model.safetensors", {"format": "pt"})
     os.truncate(root / "truncated" / "model.safetensors", 1_000_000)
     (root / "no_weights" / "model.safetensors").unlink()
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -55,6 +65,12 @@ FOUND_BY_THE_SUPERVISOR = {
 FOUND_BY_THE_ENGINE = {
     "truncated": (["model.path={}/truncated"], "cannot read {}/truncated/model.safetensors: "),
     "no experts": (["model.path={}/dense"], "LlamaForCausalLM has no experts module"),
+    "float8": (["model.path={}/float8"], ".weight_scale_inv in {}/float8/model.safetensors: the weights are quantised"),
+    "bad tokenizer": (["model.path={}/bad_tokenizer"], "bad_tokenizer': its config or tokenizer cannot be read: "),
+    "no tokenizer": (
+        ["model.path={}/no_tokenizer"],
+        "no_tokenizer': it has no tokenizer files, such as tokenizer.json",
+    ),
     "no gpu": (["model.device=cuda"], "model.device=cuda: 1 local ranks but 0 GPUs"),
 }
 
@@ -122,6 +138,17 @@ def test_a_killed_supervisor_leaves_no_orphan():
         wait_until(lambda: not engine.is_running(), 2.0, "the engine of a killed supervisor ends")
         server.wait(10.0)
         server.assert_nothing_left()
+
+
+def test_a_killed_torchrun_leaves_nothing_and_its_port_is_free():
+    with Server(torchrun(2), "log_level=warning") as server:
+        port = int(server.url.rsplit(":", 1)[1])
+        server.process.kill()
+        server.process.wait()
+        server.assert_nothing_left(within_s=8.0)
+        with Server(ALONE, f"server.port={port}", "log_level=warning") as again:
+            assert again.url.endswith(f":{port}")
+            again.stop()
 
 
 def test_a_signal_while_loading_ends_everything():

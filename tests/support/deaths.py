@@ -114,8 +114,8 @@ def once_loaded(act: Callable[[Disk], None]) -> None:
     """Have `act` called with the disk of this process when it has loaded its experts."""
     hold = ElasticRuntime.hold
 
-    def hold_and_act(self: ElasticRuntime, store: ExpertStore, disk: Disk, dense: Any) -> None:
-        hold(self, store, disk, dense)
+    def hold_and_act(self: ElasticRuntime, store: ExpertStore, disk: Disk, *more: Any) -> None:
+        hold(self, store, disk, *more)
         act(disk)
 
     ElasticRuntime.hold = hold_and_act  # pyright: ignore[reportAttributeAccessIssue]

@@ -66,7 +66,7 @@ def test_it_ends_with_its_supervisor(checkpoint: Path):
     channel = Channel.of_child(theirs.detach(), FrontEndStart | ViewChanged)
     supervisor.close()
     with contextlib.closing(ServedModel.load(config)) as model:
-        asyncio.run(asyncio.wait_for(serve(config, 0, listen(config.server), model, channel), 20))
+        asyncio.run(asyncio.wait_for(serve(FrontEndStart(config, node=0), listen(config.server), model, channel), 20))
 
 
 def test_the_process(checkpoint: Path):

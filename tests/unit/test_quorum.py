@@ -2,19 +2,22 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import wait
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import timedelta
 from typing import ClassVar
 
+import msgspec
 import pytest
-from torchft.coordination import LighthouseServer
+from torchft.coordination import LighthouseClient, LighthouseServer
 
 from elastic_moe.deadlines import Deadlines
 from elastic_moe.errors import PeerLost
 from elastic_moe.group.view import Member, View
 from elastic_moe.membership import quorum as module
 from elastic_moe.membership.quorum import Membership
+from elastic_moe.membership.verdict import Record
+from elastic_moe.wire import PLAIN, Wire
 
 WAIT_S = 10.0
 NOBODY = "http://127.0.0.1:9"
@@ -72,8 +75,8 @@ def join() -> Iterator[Callable[..., Membership]]:
     def raised(error: BaseException) -> None:
         raise AssertionError("a thread died") from error
 
-    def make(me: Member, *urls: str, deadlines: Deadlines = FAST) -> Membership:
-        made.append(Membership(me, urls, deadlines, raised))
+    def make(me: Member, *urls: str, deadlines: Deadlines = FAST, wire: Wire = PLAIN) -> Membership:
+        made.append(Membership(me, urls, deadlines, raised, wire))
         return made[-1]
 
     yield make
@@ -112,6 +115,34 @@ def test_members_agree_on_themselves_in_the_order_of_their_ranks(both):
     views = [future.result(WAIT_S) for future in asked]
     assert views[0] == views[1] == View(2, (member(1), member(3)), views[0].lighthouses)
     assert len(views[0].lighthouses) == 1
+
+
+def test_a_stranger_at_the_lighthouse_is_no_member_and_moves_no_epoch(lighthouses, join, caplog):
+    """It gives a record of its own, or a member's: under its own name."""
+    url, wire = lighthouses().url, Wire("the secret of this launch")
+    two = join(member(3), url, wire=wire), join(member(1), url, wire=wire)
+    for membership in two:
+        membership.start()
+    wait_for_heartbeats(*two)
+    stolen = wire.seal(msgspec.json.encode(two[0]._record()).decode(), "3:i3 after 1")
+    forged = msgspec.json.encode(Record(member(2))).decode()
+    strangers = [("2:i2", stolen, 1), ("2:i2", forged, 999), ("0:i0", f"{'0' * 64}.{forged}", 9)]
+    with ThreadPoolExecutor() as pool:
+        for epoch, (name, record, step) in enumerate(strangers, start=1):
+            client, patience = LighthouseClient(url, timedelta(seconds=1)), timedelta(seconds=FAST.view_call_s)
+            lie = {"record": record}
+            pool.submit(client.quorum, replica_id=name, timeout=patience, step=step, world_size=1, data=lie)
+            time.sleep(10 * FAST.heartbeat_s)
+            views = [membership.request_view(epoch).result(WAIT_S) for membership in both_ask(two, epoch)]
+            assert views[0] == views[1]
+            assert (views[0].epoch, views[0].members) == (epoch + 1, (member(1), member(3)))
+            assert f"the record of {name} after {step} was not made with the secret of this launch" in caplog.text
+
+
+def both_ask(two: Sequence[Membership], epoch: int) -> Sequence[Membership]:
+    for membership in two:
+        membership.request_view(epoch)
+    return two
 
 
 def test_the_epoch_follows_the_largest_that_any_of_them_knows(both):

@@ -18,6 +18,7 @@ from elastic_moe.supervision.channel import Beat, Done, Ready, Refused, ViewChan
 from elastic_moe.supervision.rank_supervisor import LIGHTHOUSE, POLL_S, SEAT, RankSupervisor
 from elastic_moe.supervision.supervisor import Event, EventKind
 from elastic_moe.supervision.watch import MAX_BACKOFF_S, QUICK_DEATH_S, RESPAWN_S
+from elastic_moe.wire import Wire
 
 DEADLINES = Deadlines.of(3, exchange_s=2, hang_s=4)
 SIGTERM = Event(EventKind.SIGNAL, code=15)
@@ -74,7 +75,8 @@ class FakeSupervisor:
 
 
 class FakeSender:
-    def __init__(self) -> None:
+    def __init__(self, wire: Wire) -> None:
+        self.wire = wire
         self.connected: list[str] = []
         self.told: list[tuple[list[str], object]] = []
         self.closed = False

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +16,7 @@ from elastic_moe.control import recovery as recovery_module
 from elastic_moe.control.recovery import Recovery
 from elastic_moe.control.report import Report
 from elastic_moe.deadlines import Deadlines
-from elastic_moe.errors import NotEnoughSlots, PeerLost, TransferFailed
+from elastic_moe.errors import NotEnoughMembers, NotEnoughSlots, PeerLost, TransferFailed
 from elastic_moe.group.view import Member, View
 from elastic_moe.placement.placement import EMPTY, Placement
 from elastic_moe.placement.topology import Topology
@@ -48,8 +48,11 @@ class Rank:
     newcomer: bool = False
     version: int = 3
     grow_slots: bool = False
+    min_members: int = 1
     store: ExpertStore = field(init=False)
     left: list[int] = field(default_factory=list)
+    reported: list[str] = field(default_factory=list)
+    entered: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.store = make_store(self.held, knows_digests=False)
@@ -62,18 +65,22 @@ class Rank:
                 raise given
             return given
 
-        membership: Any = SimpleNamespace(next_view=next_view)
+        membership: Any = SimpleNamespace(
+            next_view=next_view, report=self.reported.extend, entered=lambda view: self.entered.append(view.epoch)
+        )
         epoch: Any = SimpleNamespace(
             enter=lambda *_: None,
             leave=lambda view: self.left.append(view.epoch),
             is_left=False,
+            others=None,
             request_join=lambda _view: None,
         )
         disk = Disk(self.disk or Faulty(""))
         me, topology = member(self.rank, self.life), Topology.uniform(3, 3)
         recovery = Recovery(
             me, membership, epoch, topology, self.store, disk, torch.device("cpu"),
-            deadlines=replace(Deadlines(), recovery_s=60.0), pulse=Pulse(), grow_slots=self.grow_slots,
+            deadlines=Deadlines(), pulse=Pulse(), slots_per_rank=2, grow_slots=self.grow_slots,
+            min_members=self.min_members,
         )  # fmt: skip
         return recovery.run(old, self.version, "a test", newcomer=self.newcomer)
 
@@ -94,6 +101,8 @@ def network(monkeypatch: pytest.MonkeyPatch) -> dict[int, Wires]:
     wires: dict[int, Wires] = {}
 
     class Groups:
+        unreached = ()
+
         def __init__(self, view: View, rank: int, *_: Any) -> None:
             shared = wires.setdefault(view.epoch, Wires(len(view.members)))
             self.control = self.data = WireGroup(shared, view.group_rank(rank))
@@ -172,9 +181,85 @@ def test_what_was_lost_in_two_losses_in_a_row_is_told_as_one(network):
     assert zero.has_right_bytes()
 
 
+def test_whom_a_build_could_not_reach_is_reported_before_the_next_view_is_asked_for(network, monkeypatch):
+    made = recovery_module.EpochGroups
+
+    class Broken(made):  # pyright: ignore[reportGeneralTypeIssues]
+        def build(self):
+            if self.control.size == 3:
+                self.unreached = ("2/0",)
+                raise PeerLost("ranks [2] cannot be reached from here")
+            return self
+
+    monkeypatch.setattr(recovery_module, "EpochGroups", Broken)
+    smaller = view(5, member(0), member(1))
+    ranks = [Rank(r, HELD[r], [ALL, smaller]) for r in (0, 1)]
+    for placement, report in recover(ranks, ALL):
+        assert (report.attempts, report.ranks, placement.epoch) == (2, (0, 1), 5)
+    assert [rank.reported for rank in ranks] == [["2/0"]] * 2
+    assert [rank.entered for rank in ranks] == [[5]] * 2, "what was reported holds until a view is entered"
+
+
 def test_too_few_slots_are_told_to_all_if_none_may_be_added(network):
     (raised,) = recover([Rank(0, HELD[0], [view(5, member(0))])], ALL)
     assert isinstance(raised, NotEnoughSlots)
+
+
+def no_memory(rank: Rank, *, is_known: bool) -> None:
+    """More slots than it has are refused: by what is free, or only when they are taken."""
+    store: Any = rank.store
+    store.room = lambda: store.num_slots if is_known else 99
+    for layer in store.layers:
+        right = layer.resize
+
+        def resize(num_slots: int, right: Any = right) -> None:
+            if num_slots > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            right(num_slots)
+
+        layer.resize = resize
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+@pytest.mark.parametrize("poor", [(0,), (0, 2)], ids=["one", "all"])
+def test_slots_that_one_has_no_memory_for_are_added_nowhere(network, poor: tuple[int, ...], is_known: bool):
+    """Experts 1 and 3 are on nobody who is left; with 5 experts on two ranks it takes 3 slots."""
+    ranks = [Rank(r, HELD[r], [REST], grow_slots=True) for r in (0, 2)]
+    for rank in ranks:
+        rank.store.num_experts = 5
+        rank.store.digests = np.pad(rank.store.digests, ((0, 0), (0, 1)), constant_values=-1)
+        if rank.rank in poor:
+            no_memory(rank, is_known=is_known)
+    for raised in recover(ranks, ALL):
+        assert isinstance(raised, NotEnoughSlots)
+        assert "2 ranks need 3 slots each for 5 experts and have 2; one of them has memory for 2" in str(raised)
+    for rank in ranks:
+        assert rank.store.num_slots == 2
+        assert rank.store.held.tolist() == [list(HELD[rank.rank])] * LAYERS
+        assert rank.has_right_bytes()
+
+
+def test_slots_that_were_added_are_given_back_when_a_rank_has_come_back(network):
+    alone, back = view(5, member(0)), view(6, member(0), member(1, life=1))
+    zero = Rank(0, HELD[0], [alone], grow_slots=True)
+    ((placement, _),) = recover([zero], ALL)
+    assert placement.slots_per_rank == EXPERTS
+    one = Rank(1, HELD[1], [back], life=1, newcomer=True, grow_slots=True)
+    zero.views = [back]
+    (placement, report), (other, _) = recover([zero, one], alone)
+    assert placement.hash == other.hash
+    assert placement.slots_per_rank == zero.store.num_slots == one.store.num_slots == 2
+    assert report.bytes_by_source == {}
+    assert zero.has_right_bytes()
+    assert one.has_right_bytes()
+
+
+def test_fewer_members_than_wanted_do_not_serve_and_keep_what_they_hold(network):
+    ranks = [Rank(r, HELD[r], [REST], min_members=3) for r in (0, 2)]
+    for raised in recover(ranks, ALL):
+        assert isinstance(raised, NotEnoughMembers)
+        assert "ranks [0, 2] are left, elastic.min_members=3" in str(raised)
+    assert [rank.store.held.tolist() for rank in ranks] == [[list(HELD[r])] * LAYERS for r in (0, 2)]
 
 
 def test_a_newcomer_brings_experts_but_has_no_say_in_what_is_right(network):

@@ -50,7 +50,7 @@ def make() -> Iterator[Callable[..., Peer]]:
 MEMBER = Member(7, 1, "x", 1, "host", "tcp://127.0.0.1:1", "127.0.0.1:2")
 
 
-@pytest.mark.parametrize("signal", [ViewRequest(4), PeerDied(2, "y"), JoinRequest(MEMBER), Wake(1, 2)])
+@pytest.mark.parametrize("signal", [ViewRequest(4, "d"), PeerDied(2, "y"), JoinRequest(MEMBER), Wake(1, "d", 2)])
 def test_a_signal_arrives_as_it_was_sent(make, signal: msgspec.Struct):
     one, other = make(0), make(1)
     other.start()
@@ -65,8 +65,8 @@ def test_garbage_and_signals_nobody_minds_are_dropped(make):
         stranger.connect(peer.signals.address)
         for frames in ([b""], [b"\xff\x00"], [b"a", b"b", b""], [module.encode(module.Alive("nobody"))]):
             stranger.send_multipart(frames)
-        stranger.send(module.encode(ViewRequest(9)))
-        assert peer.heard.get(timeout=WAIT_S) == ViewRequest(9)
+        stranger.send(module.encode(ViewRequest(9, "d")))
+        assert peer.heard.get(timeout=WAIT_S) == ViewRequest(9, "d")
     assert peer.heard.empty()
 
 
@@ -77,9 +77,8 @@ def test_a_neighbour_that_is_not_heard_of_is_lost_and_only_it(make):
         peer.start()
     for peer in peers:
         peer.signals.watch(view, peer.member.rank)
-    for neighbour in (peers[0], peers[2]):
-        assert neighbour.lost.get(timeout=WAIT_S).rank == 3
-    assert peers[1].lost.empty()
+    for peer in peers[:3]:
+        assert peer.lost.get(timeout=WAIT_S).rank == 3
     smaller = View(2, view.members[:3])
     for peer in peers[:3]:
         peer.signals.watch(smaller, peer.member.rank)
@@ -97,7 +96,7 @@ def test_silence_is_noticed_while_others_never_stop_talking(make):
     begin = time.monotonic()
     while peer.lost.empty() and time.monotonic() - begin < WAIT_S:
         for _ in range(20):
-            talker.signals.tell([peer.member], Wake(1, 1))
+            talker.signals.tell([peer.member], Wake(1, "d", 1))
         time.sleep(0.002)
     assert peer.lost.get(timeout=0).rank == 1
     assert time.monotonic() - begin < 2
@@ -111,11 +110,25 @@ def test_who_has_slept_himself_takes_nobody_for_lost(make, monkeypatch: pytest.M
         peer.start()
         peer.signals.watch(View(1, (one.member, other.member)), peer.member.rank)
     time.sleep(0.2)
-    other.signals.tell([one.member], Wake(1, 1))
+    other.signals.tell([one.member], Wake(1, "d", 1))
     time.sleep(1.6)
     assert slept
     assert one.lost.empty()
     assert other.lost.get(timeout=WAIT_S).rank == 0, "who does not sleep notices"
+
+
+@pytest.mark.parametrize(("size", "rank", "places"), [
+    (1, 0, []), (2, 1, [0]), (3, 0, [1, 2]), (5, 0, [1, 2, 3, 4]), (8, 3, [1, 2, 4, 5, 7]),
+    (64, 0, [1, 2, 4, 8, 16, 32, 48, 56, 60, 62, 63]),
+])  # fmt: skip
+def test_who_minds_whom(size: int, rank: int, places: list[int]):
+    """All in small groups; in large ones as many as there are powers of two; and always each other."""
+    members = tuple(Member(7 * number, 0, f"i{number}", 1, "host", "s", "") for number in range(size))
+    view = View(1, members)
+    found = module.neighbours(view, 7 * rank)
+    assert [member.rank // 7 for member in found] == places
+    for member in found:
+        assert members[rank] in module.neighbours(view, member.rank)
 
 
 def test_an_address_without_a_process_blocks_nobody():
@@ -123,7 +136,7 @@ def test_an_address_without_a_process_blocks_nobody():
     begin = time.monotonic()
     sender.connect(["tcp://127.0.0.1:9"])
     for _ in range(2000):
-        sender.tell(["tcp://127.0.0.1:9"], Wake(1, 1))
+        sender.tell(["tcp://127.0.0.1:9"], Wake(1, "d", 1))
     sender.connect([])
     assert time.monotonic() - begin < 2
     sender.close()

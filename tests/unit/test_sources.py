@@ -57,9 +57,10 @@ class Layer:
     def slot_tensors(self, slot: int) -> list[torch.Tensor]:
         return [self.first[slot], self.second[slot]]
 
-    def grow(self, num_slots: int) -> None:
+    def resize(self, num_slots: int) -> None:
         self.first, self.second = (
-            torch.cat([old, old.new_zeros(num_slots - len(old), old.shape[1])]) for old in (self.first, self.second)
+            torch.cat([old, old.new_zeros(max(0, num_slots - len(old)), old.shape[1])])[:num_slots]
+            for old in (self.first, self.second)
         )
 
 

@@ -10,6 +10,7 @@ from test_sources import EXPERTS, LAYERS, NUM_BYTES, SLOTS, make_store, tensors_
 
 from elastic_moe.control.vote import Vote
 from elastic_moe.placement.placement import EMPTY
+from elastic_moe.weights import store as store_module
 from elastic_moe.weights.digest import digest
 from elastic_moe.weights.disk import Disk, OtherDisks
 from elastic_moe.weights.sources import Account, Origin, Want, fill
@@ -88,13 +89,47 @@ def test_slots_that_are_given_up_are_counted():
 def test_more_slots_are_empty_and_the_old_ones_stay():
     store, asked = make_store([2, 3]), []
     for layer in store.layers:
-        layer.grow = asked.append  # type: ignore[method-assign]
-    store.grow(SLOTS)
+        layer.resize = asked.append  # type: ignore[method-assign]
+    store.resize(SLOTS)
     assert not asked, "as many as before"
-    store.grow(SLOTS + 2)
+    store.resize(SLOTS + 2)
     assert asked == [SLOTS + 2] * LAYERS
     assert store.held.tolist() == [[2, 3, EMPTY, EMPTY]] * LAYERS
     assert store.num_slots == SLOTS + 2
+
+
+def test_without_memory_for_more_slots_all_are_as_before():
+    store = make_store([2, 3])
+    layer: Any = store.layers[1]
+    right, sizes = layer.resize, []
+
+    def resize(num_slots: int) -> None:
+        sizes.append(num_slots)
+        if num_slots > SLOTS:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        right(num_slots)
+
+    layer.resize = resize
+    with pytest.raises(torch.OutOfMemoryError):
+        store.resize(SLOTS + 1)
+    assert sizes == [SLOTS + 1, SLOTS]
+    assert [len(layer.first) for layer in store.layers] == [SLOTS] * LAYERS  # pyright: ignore[reportAttributeAccessIssue]
+    assert store.held.tolist() == [[2, 3]] * LAYERS
+    store.check_integrity(PLACED)
+
+
+def test_fewer_slots_keep_what_is_in_the_first():
+    store = make_store([2, 3])
+    store.resize(1)
+    assert store.held.tolist() == [[2]] * LAYERS
+    assert torch.equal(store.tensors(1, 0)[0], tensors_of(1, 2)[0])
+
+
+@pytest.mark.parametrize(("slots_free", "room"), [(0, 0), (SLOTS, 0), (SLOTS + LAYERS, 1), (SLOTS + 3.5 * LAYERS, 3)])
+def test_for_how_many_slots_there_is_room(monkeypatch: pytest.MonkeyPatch, slots_free: float, room: int):
+    """In every layer, and a layer beside them while it is copied."""
+    monkeypatch.setattr(store_module, "free_bytes", lambda _device: int(NUM_BYTES * slots_free))
+    assert make_store([2, 3]).room() == SLOTS + room
 
 
 def test_what_waits_beside_the_slots_leaves_them_alone_until_it_is_installed():

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from elastic_moe.background import end_process, start_thread
 from elastic_moe.config import ModelConfig, ServeConfig
-from elastic_moe.errors import BatchFailed, ElasticError, NotEnoughSlots, PeerLost, TransferFailed
+from elastic_moe.errors import BatchFailed, ElasticError, NotEnoughMembers, NotEnoughSlots, PeerLost, TransferFailed
 from elastic_moe.integrations.transformers import LoadTimer, elasticize, find_experts, meta_model
 from elastic_moe.membership.launch import Launch, host_of
 from elastic_moe.membership.signals import Wake
@@ -24,6 +24,7 @@ from elastic_moe.placement.placement import Placement, initial_placement
 from elastic_moe.pulse import Pulse
 from elastic_moe.runtime import ElasticRuntime
 from elastic_moe.runtime.initial_placement import read_loads
+from elastic_moe.serving.engine.alike import alike
 from elastic_moe.serving.engine.batching import Batcher
 from elastic_moe.serving.engine.mailbox import Mailbox
 from elastic_moe.serving.protocol import Cancel, Event, Finish, Phase, Rebalance, Status, Submit, Tokens
@@ -64,8 +65,10 @@ class Engine:
         device = pick_device(config.model, launch.local_rank, launch.local_world_size, may_share=symmetric)
         model = meta_model(config.model.path, pick_dtype(config.model.dtype))
         check_fit(model, launch, config)
-        loads = lambda: self.runtime.pool.balancer.local_loads()  # noqa: E731
-        self._mailbox = Mailbox(host_of(launch), self.status, loads, launch.wire)
+        self._alike = alike(config, model.dtype)
+        self._mailbox = Mailbox(
+            host_of(launch), self.status, lambda: self.runtime.pool.balancer.local_loads(), launch.wire
+        )
         self.runtime = self._join(device)
         self.runtime.on_change = lambda: self._mailbox.inbox.put(None)
         self.runtime.seat.signals.on(Wake, self._be_woken)
@@ -95,11 +98,13 @@ class Engine:
             self._seat,
             device=device,
             address=self._mailbox.address,
+            alike=self._alike,
             start_timeout_s=self._deadlines.start_s,
             deadlines=self._deadlines,
             pulse=self._pulse,
             lighthouses=[url for url in elastic.lighthouse.split(",") if url],
             grow_slots=elastic.grow_slots,
+            min_members=elastic.min_members,
             eplb=self._config.eplb,
             exchange=self._config.exchange,
         )
@@ -155,7 +160,7 @@ class Engine:
         if self._asleep and self._woken_for < next_handshake:
             view = self.runtime.view
             others = [m for m in view.members if m.rank != self.runtime.rank]
-            self.runtime.seat.signals.tell(others, Wake(view.epoch, next_handshake))
+            self.runtime.seat.signals.tell(others, Wake(view.epoch, view.digest, next_handshake))
         (work,) = self.runtime.agree(int(self._pending))
         if not work and not self._asleep:
             self.runtime.pool.check_integrity()
@@ -175,11 +180,12 @@ class Engine:
             try:
                 report = self.runtime.recover(reason)
                 break
-            except (NotEnoughSlots, TransferFailed, PeerLost) as error:
+            except (NotEnoughSlots, NotEnoughMembers, TransferFailed, PeerLost) as error:
                 self._phase, self._reason = Phase.UNAVAILABLE, str(error)
                 log.error("%s; trying on", error)  # noqa: TRY400 - expected, and told in one line
                 self._mailbox.announce()
-                self._wait_for_change(math.inf if isinstance(error, NotEnoughSlots) else SOURCES_AGAIN_S)
+                waits_for_ranks = isinstance(error, NotEnoughSlots | NotEnoughMembers)
+                self._wait_for_change(math.inf if waits_for_ranks else SOURCES_AGAIN_S)
                 reason = "the group changes, or tries again"
         self._woken_for = 0
         self._asleep = False
@@ -237,7 +243,7 @@ class Engine:
 
     def _be_woken(self, word: Wake) -> None:
         """In the signals' thread."""
-        if word.epoch == self.runtime.view.epoch:
+        if (word.epoch, word.digest) == (self.runtime.view.epoch, self.runtime.view.digest):
             self._woken_for = max(self._woken_for, word.step)
             self._mailbox.inbox.put(None)
 

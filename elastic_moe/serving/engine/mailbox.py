@@ -95,7 +95,7 @@ class Mailbox:
     def _receive(self, sender: bytes, *frames: bytes) -> None:
         try:
             message = decode_to_engine(frames[-1])
-        except msgspec.MsgspecError:
+        except ValueError:
             return  # not one of ours; a stranger on the port must not harm the rank
         if isinstance(message, Hello):
             new = sender not in self._front_ends

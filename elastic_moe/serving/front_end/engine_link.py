@@ -2,7 +2,6 @@
 
 import logging
 
-import msgspec
 import zmq
 import zmq.asyncio
 from zmq.utils.monitor import recv_monitor_message
@@ -44,7 +43,7 @@ class EngineLink:
             frame = await self._socket.recv()
             try:
                 return decode_to_front_end(frame)
-            except msgspec.MsgspecError as error:
+            except ValueError as error:
                 logger.error("rank %d sent a message that cannot be read: %s", self.member.rank, error)  # noqa: TRY400
 
     async def lost(self) -> None:

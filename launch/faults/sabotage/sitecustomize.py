@@ -39,8 +39,8 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def sabotage(batcher: Any) -> None:
-    """Have the forward of a `Batcher` look for poison among the requests that run."""
-    submit, forward = batcher.submit, batcher.forward
+    """Have the model of a `Batcher` look for poison among the requests that run."""
+    make, submit = batcher.__init__, batcher.submit
     poisonous: dict[str, list[int]] = {}
 
     def watched_submit(self: Any, message: Any) -> None:
@@ -48,16 +48,23 @@ def sabotage(batcher: Any) -> None:
             poisonous[message.request_id] = head
         submit(self, message)
 
-    def watched_forward(self: Any) -> None:
-        running = {name.rpartition("/")[0] for name in self._processor.scheduler.active_requests}
-        kinds = [poisonous[request] for request in running & poisonous.keys()]
-        if DIES in kinds:
-            os.kill(os.getpid(), signal.SIGKILL)
-        if RAISES in kinds:
-            raise ValueError("this prompt is poison")
-        forward(self)
+    def watched_make(self: Any, *arguments: Any, **keywords: Any) -> None:
+        make(self, *arguments, **keywords)
+        processor = self._processor
+        generate = processor._generation_step
 
-    batcher.submit, batcher.forward = watched_submit, watched_forward
+        def watched_generate(model: Any) -> None:
+            running = {name.rpartition("/")[0] for name in processor.scheduler.active_requests}
+            kinds = [poisonous[request] for request in running & poisonous.keys()]
+            if DIES in kinds:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if RAISES in kinds:
+                raise ValueError("this prompt is poison")
+            generate(model)
+
+        processor._generation_step = watched_generate
+
+    batcher.__init__, batcher.submit = watched_make, watched_submit
 
 
 sys.meta_path.insert(0, _Finder())
