@@ -5,6 +5,7 @@ And whether they were started alike: ranks that differ in what they hold or how 
 
 import hashlib
 import os
+import time
 import uuid
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -15,9 +16,15 @@ import torch.distributed as dist
 
 from elastic_moe.errors import PeerLost
 from elastic_moe.group.epoch_store import StoreServer
+from elastic_moe.group.probe import refused
 from elastic_moe.group.view import Member, View
 from elastic_moe.membership.launch import Launch, SeatStart, host_of
 from elastic_moe.membership.signals import Signals
+
+AGAIN_S = 0.1
+"""torchrun's store outlives the processes of a launch that it starts again: a record of a dead one is looked at again
+after this long, until the one that follows has written its own. How often torchrun has started ranks is of no use: each
+node counts for itself."""
 
 
 class Seat:
@@ -58,7 +65,7 @@ def meet(launch: Launch, seat: Seat, timeout_s: float) -> View:
     if launch.world_size == 1:
         return _first_view([me])
     host, _, port = launch.store.rpartition(":")
-    keys = [f"elastic_moe/{launch.attempt}/member/{rank}" for rank in range(launch.world_size)]
+    keys = [f"elastic_moe/{launch.run}/member/{rank}" for rank in range(launch.world_size)]
     serve = launch.rank == 0 and not launch.store_is_up
     timeout = timedelta(seconds=timeout_s)
     try:
@@ -66,12 +73,21 @@ def meet(launch: Launch, seat: Seat, timeout_s: float) -> View:
     except RuntimeError as error:
         raise PeerLost(f"no store answered at {launch.store} within {timeout_s} s") from error
     store.set(keys[me.rank], msgspec.json.encode((me, seat.alike)).decode())
-    try:
-        store.wait(keys, timeout)
-    except RuntimeError as error:
-        missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
-        raise PeerLost(f"ranks {missing} did not come to {launch.store} within {timeout_s} s") from error
-    said = [msgspec.json.decode(store.get(key), type=tuple[Member, dict[str, str]]) for key in keys]
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            store.wait(keys, timedelta(seconds=max(0.001, deadline - time.monotonic())))
+        except RuntimeError as error:
+            missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+            raise PeerLost(f"ranks {missing} did not come to {launch.store} within {timeout_s} s") from error
+        said = [msgspec.json.decode(store.get(key), type=tuple[Member, dict[str, str]]) for key in keys]
+        died = refused(member.signals for member, _ in said)
+        if not died:
+            break
+        if time.monotonic() > deadline:
+            ranks = [member.rank for member, _ in said if member.signals in died]
+            raise PeerLost(f"ranks {ranks} of {launch.store} have died and did not come again within {timeout_s} s")
+        time.sleep(AGAIN_S)
     refuse_differences(said)
     return _first_view([member for member, _ in said])
 
