@@ -14,8 +14,8 @@ _NODE_FILE = "elastic_moe_secret"
 
 
 def launch_secret(environ: Mapping[str, str]) -> str:
-    """What `ELASTIC_MOE_SECRET` says; else one that the processes of this start share, if all are on this node and
-    torchrun has given them a folder; else none.
+    """What `ELASTIC_MOE_SECRET` says; else one that the processes of this launch share, if all are on this node and
+    torchrun has given them a folder; else none. It outlives a start, as torchrun's store does.
 
     Raises:
         ValueError: it is too short, or the file of the node is not ours.
@@ -23,7 +23,7 @@ def launch_secret(environ: Mapping[str, str]) -> str:
     if VARIABLE in environ:
         return _checked(environ[VARIABLE], VARIABLE)
     if environ.get("WORLD_SIZE", "1") == environ.get("LOCAL_WORLD_SIZE", "1") and (folder := attempt_folder(environ)):
-        return _of_node(folder)
+        return _of_node(folder.parent)
     return ""
 
 

@@ -16,25 +16,33 @@ def unreachable(addresses: Iterable[str], within_s: float = PROBE_S) -> set[str]
 
     One that refuses is reachable: its process has died, which others say.
     """
+    return {address for address, code in _knock(addresses, within_s).items() if code not in (0, errno.ECONNREFUSED)}
+
+
+def refused(addresses: Iterable[str], within_s: float = PROBE_S) -> set[str]:
+    """Those of `addresses` whose host says that nobody listens: their processes have died."""
+    return {address for address, code in _knock(addresses, within_s).items() if code == errno.ECONNREFUSED}
+
+
+def _knock(addresses: Iterable[str], within_s: float) -> dict[str, int]:
+    """The error of connecting to each, 0 for none."""
     waiting: dict[socket.socket, str] = {}
-    silent: set[str] = set()
+    found: dict[str, int] = {}
     deadline = time.monotonic() + within_s
     with contextlib.ExitStack() as stack, selectors.DefaultSelector() as selector:
         for address in addresses:
             host, _, port = address.removeprefix("tcp://").rpartition(":")
+            if not port:
+                continue  # it offers nothing
             sock = stack.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
             sock.setblocking(False)
-            code = sock.connect_ex((host.strip("[]"), int(port)))
-            if code == errno.EINPROGRESS:
+            found[address] = sock.connect_ex((host.strip("[]"), int(port)))
+            if found[address] == errno.EINPROGRESS:
                 waiting[sock] = address
                 selector.register(sock, selectors.EVENT_WRITE)
-            elif code not in (0, errno.ECONNREFUSED):
-                silent.add(address)
         while waiting and (left := deadline - time.monotonic()) > 0:
             for key, _ in selector.select(left):
                 sock: socket.socket = key.fileobj  # pyright: ignore[reportAssignmentType]
                 selector.unregister(sock)
-                address = waiting.pop(sock)
-                if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) not in (0, errno.ECONNREFUSED):
-                    silent.add(address)
-        return silent | set(waiting.values())
+                found[waiting.pop(sock)] = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    return found

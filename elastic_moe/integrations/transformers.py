@@ -105,6 +105,7 @@ def elasticize(
         slots_per_rank=slots_per_rank,
         redundant_slots=redundant_slots,
         tokens=_token_shape(model, first),
+        expert_bytes=max(layout.num_bytes for layout in layouts.values()),
     )
     if checkpoint is not None:
         return _load(model, runtime, experts, CheckpointReader(checkpoint, model, layouts), progress)

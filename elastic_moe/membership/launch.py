@@ -25,8 +25,8 @@ class Launch(msgspec.Struct, frozen=True):
     """`host:port` of the launch's TCPStore; empty for a lone process."""
     store_is_up: bool = True
     """Whether torchrun's agent keeps that store; if not, rank 0 must."""
-    attempt: str = "0"
-    """Names this start of the launch, so that a restarted one does not read the records of the last."""
+    run: str = ""
+    """torchrun's name of the launch: its store may be shared with others."""
     supervisor_fd: int | None = None
     """The line to the supervisor of this process, if `elastic_moe.supervise` has started it."""
     wire: Wire = Wire()
@@ -59,7 +59,7 @@ class Launch(msgspec.Struct, frozen=True):
                 node=int(environ["GROUP_RANK"]),
                 store=f"{environ['MASTER_ADDR']}:{environ['MASTER_PORT']}",
                 store_is_up=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
-                attempt=f"{environ.get('TORCHELASTIC_RUN_ID', '')}/{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}",
+                run=environ.get("TORCHELASTIC_RUN_ID", ""),
                 supervisor_fd=supervisor_fd,
                 wire=Wire(launch_secret(environ)),
             )

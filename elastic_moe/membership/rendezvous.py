@@ -6,6 +6,7 @@ And whether they were started alike: ranks that differ in what they hold or how 
 import hashlib
 import logging
 import os
+import time
 import uuid
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -16,12 +17,18 @@ import torch.distributed as dist
 
 from elastic_moe.errors import PeerLost
 from elastic_moe.group.epoch_store import StoreServer
+from elastic_moe.group.probe import refused
 from elastic_moe.group.view import Member, View
 from elastic_moe.membership.launch import Launch, SeatStart, host_of
 from elastic_moe.membership.signals import Signals
 from elastic_moe.secret import VARIABLE
 
 log = logging.getLogger(__name__)
+
+AGAIN_S = 0.1
+"""torchrun's store outlives the processes of a launch that it starts again: a record of a dead one is looked at again
+after this long, until the one that follows has written its own. How often torchrun has started ranks is of no use: each
+node counts for itself."""
 
 
 class Seat:
@@ -65,7 +72,7 @@ def meet(launch: Launch, seat: Seat, timeout_s: float) -> View:
     if launch.rank == 0 and not launch.wire.secret:
         log.warning("without a secret whoever reaches the ports of this launch is obeyed: see elastic.secret_file")
     host, _, port = launch.store.rpartition(":")
-    keys = [f"elastic_moe/{launch.attempt}/member/{rank}" for rank in range(launch.world_size)]
+    keys = [f"elastic_moe/{launch.run}/member/{rank}" for rank in range(launch.world_size)]
     serve = launch.rank == 0 and not launch.store_is_up
     timeout = timedelta(seconds=timeout_s)
     try:
@@ -73,12 +80,21 @@ def meet(launch: Launch, seat: Seat, timeout_s: float) -> View:
     except RuntimeError as error:
         raise PeerLost(f"no store answered at {launch.store} within {timeout_s} s") from error
     store.set(keys[me.rank], launch.wire.seal(msgspec.json.encode((me, seat.alike)).decode(), keys[me.rank]))
-    try:
-        store.wait(keys, timeout)
-    except RuntimeError as error:
-        missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
-        raise PeerLost(f"ranks {missing} did not come to {launch.store} within {timeout_s} s") from error
-    said = [_read(store.get(key).decode(errors="replace"), key, launch) for key in keys]
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            store.wait(keys, timedelta(seconds=max(0.001, deadline - time.monotonic())))
+        except RuntimeError as error:
+            missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+            raise PeerLost(f"ranks {missing} did not come to {launch.store} within {timeout_s} s") from error
+        said = [_read(store.get(key).decode(errors="replace"), key, launch) for key in keys]
+        died = refused(member.signals for member, _ in said)
+        if not died:
+            break
+        if time.monotonic() > deadline:
+            ranks = [member.rank for member, _ in said if member.signals in died]
+            raise PeerLost(f"ranks {ranks} of {launch.store} have died and did not come again within {timeout_s} s")
+        time.sleep(AGAIN_S)
     refuse_differences(said)
     return _first_view([member for member, _ in said])
 

@@ -180,10 +180,12 @@ class ElasticRuntime:
         slots_per_rank: int | None = None,
         redundant_slots: int = 0,
         tokens: TokenShape | None = None,
+        expert_bytes: int = 0,
     ) -> Placement:
         """Commit the initial placement of L layers x E experts over all seats, see `choose_placement`.
 
-        `tokens` is what travels; with `exchange.kind=symmetric` memory is reserved for it.
+        `tokens` is what travels, `expert_bytes` the size of the largest expert; with `exchange.kind=symmetric` memory
+        is reserved for them.
 
         Raises:
             NotEnoughSlots: R * S < E; the message says how many are needed.
@@ -205,7 +207,9 @@ class ElasticRuntime:
         self._pool = ExpertPool(
             PlacementRegistry(placement, self.rank, self._topology, self.device),
             self._exchanges,
-            open_staging(self._exchange_config, eplb, me, self._topology, self.device, self._deadlines.exchange_s),
+            open_staging(
+                self._exchange_config, eplb, me, self._topology, self.device, self._deadlines.exchange_s, expert_bytes
+            ),
             eplb,
             self.device,
             self._deadlines,

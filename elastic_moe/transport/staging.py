@@ -1,5 +1,6 @@
 """Where the experts of a chunk wait, on the ranks they go to, until all ranks swap them in."""
 
+import logging
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +24,9 @@ Slots = Callable[[int, int], Sequence[torch.Tensor]]
 MEGABYTE = 1_000_000
 ALIGNED = 256
 """Tensors begin at multiples of so many bytes."""
+MAX_TENSORS = 16
+"""No expert has more."""
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -132,13 +136,17 @@ def open_staging(
     topology: Topology,
     device: torch.device,
     timeout_s: float,
+    expert_bytes: int = 0,
 ) -> Staging:
-    """What the configuration asks for, for the process `me`: mapped memory goes with the symmetric exchange."""
+    """What the configuration asks for, for the process `me`: mapped memory goes with the symmetric exchange, and has
+    room for one expert of `expert_bytes` at least."""
     if exchange.kind != "symmetric" or eplb.mode == "off":
         return GroupStaging()
     from elastic_moe.transport.symmetric import PeerStaging  # only here CUDA's own bindings are needed
 
-    num_bytes = eplb.staging_mb * MEGABYTE
+    num_bytes = max(eplb.staging_mb * MEGABYTE, expert_bytes + ALIGNED * MAX_TENSORS)
+    if num_bytes > eplb.staging_mb * MEGABYTE:
+        log.warning("eplb.staging_mb=%d holds no expert: %.0f MB are taken", eplb.staging_mb, num_bytes / MEGABYTE)
     peers = PeerStaging(me.incarnation, me.rank, topology.num_ranks, num_bytes, device, timeout_s=timeout_s)
     return MappedStaging(peers)
 

@@ -13,8 +13,8 @@ from elastic_moe.weights.store import ExpertStore
 ReadExpert = Callable[[int, int, Sequence[torch.Tensor]], int]
 """`read(layer, expert, out)` fills the tensors of an expert and returns the bytes read."""
 
-IN_FLIGHT = 64
-"""Experts on their way between ranks at once; bounds what is read beside the slots."""
+BYTES_IN_FLIGHT = 1 << 28
+"""On their way between ranks at once, one expert at least; bounds what is read beside the slots."""
 NOBODY = -1
 
 
@@ -60,8 +60,9 @@ class OtherDisks(Source):
                 wanted[place] = group.rank
             wanted = group.all_reduce_max_array(wanted)
             places = [(layer, expert) for layer, expert in np.argwhere(wanted != NOBODY).tolist()]
-            for begin in range(0, len(places), IN_FLIGHT):
-                targets = {place: int(wanted[place]) for place in places[begin : begin + IN_FLIGHT]}
+            at_once = max(1, BYTES_IN_FLIGHT // self._store.expert_bytes)
+            for begin in range(0, len(places), at_once):
+                targets = {place: int(wanted[place]) for place in places[begin : begin + at_once]}
                 for place in self._pass_on(targets, turn, mine, landing):
                     yield Came(mine[place], Origin.OTHER_DISK)
         for want in wants:

@@ -25,7 +25,7 @@ def forward_all(launch, folder):
     for world_size, redundant in CASES:
         if launch.rank >= world_size:
             continue
-        place = launch.__class__(launch.rank, world_size, store=launch.store, attempt=f"{world_size}-{redundant}")
+        place = launch.__class__(launch.rank, world_size, store=launch.store, run=f"{world_size}-{redundant}")
         runtime = ElasticRuntime.join(place, device=torch.device("cpu"), exchange_timeout_s=30)
         model = meta_model(folder, torch.float32)
         model = elasticize(model, runtime, checkpoint=folder, redundant_slots=redundant)

@@ -14,7 +14,7 @@ from launch.config import REPO
 from launch.faults.sabotage.sitecustomize import DIES, RAISES
 from launch.server import torchrun
 
-pytestmark = [pytest.mark.xdist_group("poison"), pytest.mark.timeout(170)]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("poison"), pytest.mark.timeout(170)]
 
 
 @pytest.fixture(scope="module")

@@ -140,6 +140,7 @@ def test_a_killed_supervisor_leaves_no_orphan():
         server.assert_nothing_left()
 
 
+@pytest.mark.slow
 def test_a_killed_torchrun_leaves_nothing_and_its_port_is_free():
     with Server(torchrun(2), "log_level=warning") as server:
         port = int(server.url.rsplit(":", 1)[1])

@@ -3,7 +3,7 @@
 import socket
 import time
 
-from elastic_moe.group.probe import unreachable
+from elastic_moe.group.probe import refused, unreachable
 
 
 def test_who_listens_and_who_refuses_can_be_reached():
@@ -11,7 +11,9 @@ def test_who_listens_and_who_refuses_can_be_reached():
         port = server.getsockname()[1]
         with socket.create_server(("127.0.0.1", 0)) as other:
             closed = other.getsockname()[1]
-        assert unreachable([f"tcp://127.0.0.1:{port}", f"127.0.0.1:{closed}"]) == set()
+        both = [f"tcp://127.0.0.1:{port}", f"127.0.0.1:{closed}"]
+        assert unreachable(both) == set()
+        assert refused(both) == set(both[1:])
 
 
 def test_who_does_not_answer_cannot_and_all_are_asked_at_once():

@@ -43,20 +43,21 @@ def test_the_processes_of_a_node_make_one_secret_that_nobody_else_reads(environ,
     assert len(found) == 8
     assert len(set(found)) == 1
     assert len(found[0]) == 64
-    (file,) = folder.iterdir()
+    file = folder.parent / "elastic_moe_secret"
+    assert set(folder.parent.iterdir()) == {file, folder}
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert Launch.from_torchrun(environ).wire.secret == found[0]
 
 
-def test_another_start_has_another_secret(environ, folder, tmp_path):
+def test_the_next_start_of_a_launch_reads_what_the_last_one_wrote_into_the_store(environ, folder, tmp_path):
     (tmp_path / "attempt_1").mkdir()
     later = environ | {"TORCHELASTIC_ERROR_FILE": str(tmp_path / "attempt_1" / "1" / "error.json")}
-    assert launch_secret(environ) != launch_secret(later)
+    assert launch_secret(environ) == launch_secret(later)
 
 
 def test_a_file_that_others_can_read_is_refused(environ, folder):
-    (folder / "elastic_moe_secret").write_text("planted by somebody else")
-    os.chmod(folder / "elastic_moe_secret", 0o644)
+    (folder.parent / "elastic_moe_secret").write_text("planted by somebody else")
+    os.chmod(folder.parent / "elastic_moe_secret", 0o644)
     with pytest.raises(ValueError, match="readable by nobody else"):
         launch_secret(environ)
 
@@ -65,7 +66,7 @@ def test_several_nodes_have_one_only_if_they_are_told(environ, folder):
     several = environ | {"WORLD_SIZE": "8"}
     assert launch_secret(several) == ""
     assert launch_secret(several | {"ELASTIC_MOE_SECRET": "told to all of them\n"}) == "told to all of them"
-    assert not list(folder.iterdir())
+    assert list(folder.parent.iterdir()) == [folder]
 
 
 @pytest.mark.parametrize("error_file", ["", "/dev/null"])

@@ -24,6 +24,7 @@ from elastic_moe.placement.placement import EMPTY, Placement
 from elastic_moe.placement.topology import Topology
 from elastic_moe.placement.transfers import plan_transfers
 from elastic_moe.transport.staging import GroupStaging, Transfer
+from elastic_moe.weights import disk as disk_module
 from elastic_moe.weights import peers as peers_module
 from elastic_moe.weights.digest import digest
 from elastic_moe.weights.disk import Disk, OtherDisks
@@ -228,6 +229,22 @@ def from_other_disks(fault: str, until: Until | None) -> Ran:
         return run([OtherDisks(disk, store, groups)], store, store, until, any_lacks=Vote(group, Account()))
 
     return together(fault, other, this, parcel=2)
+
+
+@pytest.mark.parametrize(("experts_at_once", "exchanges"), [(1, 4), (2, 2), (64, 1)])
+def test_what_is_read_for_others_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch, experts_at_once, exchanges):
+    """One expert at least, however large."""
+    monkeypatch.setattr(disk_module, "BYTES_IN_FLIGHT", NUM_BYTES * experts_at_once - (experts_at_once == 1))
+    num_exchanges = []
+    right = WireGroup.exchange
+
+    def counted(self: WireGroup, sends: Any, receives: Any) -> None:
+        num_exchanges.append(self.rank)
+        right(self, sends, receives)
+
+    monkeypatch.setattr(WireGroup, "exchange", counted)
+    assert from_other_disks("", None).account.num_bytes == {Origin.OTHER_DISK: len(WANTS) * NUM_BYTES}
+    assert num_exchanges.count(1) == exchanges
 
 
 def from_replicas(fault: str, until: Until | None) -> Ran:
