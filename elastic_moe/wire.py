@@ -5,8 +5,9 @@ is as secret as the other: CURVE never sends it, and whoever does not have it ca
 that the server can open. So to connect is to know the secret, both ways, and no ZAP handler has to look at the keys of
 clients, which make new ones for each socket. Recorded frames cannot be said again: each connection has keys of its own.
 
-A record that passes through others' hands (torchrun's store, a lighthouse) carries a MAC of itself and of what it is
-about, so that it counts in no other place. gloo and torchft's gRPC authenticate nobody: see docs/architecture.md.
+A record that passes through others' hands (torchrun's store, a lighthouse), and a request for weights, carries a MAC of
+itself and of what it is about, so that it counts in no other place. gloo and torchft's gRPC authenticate nobody: see
+docs/architecture.md, "Strangers".
 """
 
 import hashlib

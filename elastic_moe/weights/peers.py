@@ -2,6 +2,9 @@
 
 Each process answers in a thread of its own, from a ROUTER socket; one request, one tensor (or one expert), with its
 dtypes, shapes and digest. What was received is verified; whoever does not answer in time is asked no more.
+
+Requests and headers are sealed with the launch's secret, so that strangers neither get nor give any. The bytes travel
+in the clear, as all between ranks do (gloo, NCCL): under CURVE a core moves 0.35 GB/s of them instead of 1.3.
 """
 
 import threading
@@ -41,9 +44,9 @@ class WeightReply(msgspec.Struct, frozen=True):
     digest: int = 0
 
 
-_decode_request = msgspec.msgpack.Decoder(WeightRequest).decode
-_decode_reply = msgspec.msgpack.Decoder(WeightReply).decode
-_encode = msgspec.msgpack.Encoder().encode
+_decode_request = msgspec.json.Decoder(WeightRequest).decode
+_decode_reply = msgspec.json.Decoder(WeightReply).decode
+_encode = msgspec.json.Encoder().encode
 
 
 class WeightServer:
@@ -51,7 +54,8 @@ class WeightServer:
 
     def __init__(self, host: str, wire: Wire = PLAIN) -> None:
         """Bind a free port on `host`; requests wait until `start`."""
-        self._router = wire.server(zmq.Context().socket(zmq.ROUTER))
+        self._wire = wire
+        self._router = PLAIN.server(zmq.Context.instance().socket(zmq.ROUTER))
         self.address = f"tcp://{host}:{self._router.bind_to_random_port(f'tcp://{host}')}"
         self._closed = threading.Event()
 
@@ -70,7 +74,8 @@ class WeightServer:
                 continue
             sender, *frames = self._router.recv_multipart()
             try:
-                request = _decode_request(frames[-1])
+                sealed = frames[-1].decode()
+                request = _decode_request(self._wire.unseal(sealed, self.address))
             except ValueError:
                 continue  # not one of ours
             if request.name:
@@ -80,7 +85,8 @@ class WeightServer:
             reply = WeightReply(
                 [str(t.dtype) for t in tensors], [list(t.shape) for t in tensors], digest(tensors) if tensors else 0
             )
-            self._router.send_multipart([sender, _encode(reply), *(_bytes_of(t) for t in tensors)])
+            header = self._wire.seal(_encode(reply).decode(), sealed).encode()
+            self._router.send_multipart([sender, header, *(_bytes_of(t) for t in tensors)])
         self._router.close(linger=0)
 
 
@@ -112,14 +118,15 @@ class Peers(Source):
     def __init__(self, members: Iterable[Member], node: int, deadlines: Deadlines, wire: Wire = PLAIN) -> None:
         """Greet all `members`, and go on with those that answer; `node` is the newcomer's."""
         self._answer_s = deadlines.weights_s
+        self._wire = wire
         self.dense_bytes = 0
         """Bytes of dense tensors received and accepted."""
-        context, poller, origins = zmq.Context(), zmq.Poller(), {}
+        poller, origins = zmq.Poller(), {}
         for member in members:
-            socket = wire.client(context.socket(zmq.DEALER))
+            socket = zmq.Context.instance().socket(zmq.DEALER)
             socket.setsockopt(zmq.LINGER, 0)
             socket.connect(member.weights)
-            socket.send(_encode(WeightRequest()))
+            self._ask(socket, WeightRequest())
             poller.register(socket, zmq.POLLIN)
             origins[socket] = Origin.NODE if member.node == node else Origin.REMOTE
         self._origins: dict[zmq.Socket, Origin] = {}
@@ -158,18 +165,26 @@ class Peers(Source):
         for socket in self._origins:
             socket.close()
 
+    def _ask(self, socket: zmq.Socket, request: WeightRequest) -> str:
+        sealed = self._wire.seal(_encode(request).decode(), socket.getsockopt_string(zmq.LAST_ENDPOINT))
+        socket.send_string(sealed)
+        return sealed
+
     def _answers(self, request: WeightRequest, out: Sequence[torch.Tensor], until: Until) -> Iterator[_Answer]:
         """Ask one member after the other to fill `out`; each that does is an answer."""
         wanted = ([str(t.dtype) for t in out], [list(t.shape) for t in out])
         for socket, origin in list(self._origins.items()):
-            socket.send(_encode(request))
+            sealed = self._ask(socket, request)
             if not socket.poll(int(1000 * min(self._answer_s, until.left_s))):
                 socket.close()
                 del self._origins[socket]
                 continue
             self._origins[socket] = self._origins.pop(socket)  # spread the load: another is asked first the next time
             header, *frames = socket.recv_multipart()
-            reply = _decode_reply(header)
+            try:
+                reply = _decode_reply(self._wire.unseal(header.decode(), sealed))
+            except ValueError:
+                continue  # whoever listens there now, it is no member
             sizes = [t.numel() * t.element_size() for t in out]
             if (reply.dtypes, reply.shapes) != wanted or [len(frame) for frame in frames] != sizes:
                 continue

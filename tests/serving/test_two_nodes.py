@@ -15,7 +15,8 @@ from launch.server import several_nodes
 pytestmark = pytest.mark.xdist_group("two nodes")
 
 
-def test_both_front_ends_serve_one_group(reference: Reference):
+def test_both_front_ends_serve_one_group(reference: Reference, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ELASTIC_MOE_SECRET", "known to both nodes")
     wanted = reference.continuations(8)
 
     async def ask(urls: list[str]) -> list[str]:

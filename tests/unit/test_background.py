@@ -93,7 +93,7 @@ def test_weights(errors):
     with zmq.Context() as context, context.socket(zmq.DEALER) as asker:
         asker.setsockopt(zmq.LINGER, 0)
         asker.connect(server.address)
-        asker.send(msgspec.msgpack.encode(WeightRequest(layer=0, expert=1)))
+        asker.send(msgspec.json.encode(WeightRequest(layer=0, expert=1)))
         assert isinstance(errors.get(timeout=WAIT_S), TypeError)
 
 

@@ -1,10 +1,12 @@
 """Weights from a running member, over real sockets in one process; and whose digests count."""
 
+import random
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -14,9 +16,11 @@ from elastic_moe.deadlines import Deadlines
 from elastic_moe.group.view import Member
 from elastic_moe.placement.placement import EMPTY
 from elastic_moe.weights import peers as module
-from elastic_moe.weights.peers import Peers, WeightServer
+from elastic_moe.weights.digest import digest
+from elastic_moe.weights.peers import Peers, WeightReply, WeightRequest, WeightServer
 from elastic_moe.weights.sources import Account, Missed, Until, Want, fill
 from elastic_moe.weights.store import UNKNOWN, ExpertStore
+from elastic_moe.wire import PLAIN, Wire
 
 
 class Layer:
@@ -175,3 +179,58 @@ def test_the_digests_of_the_group_count_not_ones_own():
     assert store.held.tolist() == [[1, 3, EMPTY], [EMPTY, 0, EMPTY]]
     assert store.digests[1, 2] == group[1, 2]
     assert store.digests[0, 3] != UNKNOWN
+
+
+OURS, THEIRS = Wire("the secret of this launch"), Wire("the secret of another launch")
+
+
+def test_weights_go_to_and_come_from_those_who_know_the_secret_only(store):
+    server = WeightServer("127.0.0.1", OURS)
+    server.start(DENSE, store)
+    deadlines = replace(Deadlines(), weights_s=0.3)
+    for wire, right in [(PLAIN, False), (THEIRS, False), (OURS, True)]:
+        peers, norm = Peers([member(0, server.address)], 1, deadlines, wire), torch.zeros(4).bfloat16()
+        assert peers.dense("norm", norm) is right
+        assert torch.equal(norm, DENSE["norm"]) is right
+        peers.close()
+    server.close()
+
+
+@pytest.mark.parametrize("wire", [PLAIN, THEIRS, OURS])
+def test_an_impostor_at_a_members_address_gives_nothing(wire):
+    """Not even with what a member has said to another request."""
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as impostor:
+        impostor.linger = 0
+        address = f"tcp://127.0.0.1:{impostor.bind_to_random_port('tcp://127.0.0.1')}"
+        header = msgspec.json.encode(WeightReply(["torch.float32"], [[1]], digest([torch.ones(1)]))).decode()
+
+        def answer() -> None:
+            for _ in range(2):
+                sender, _ = impostor.recv_multipart()
+                said = wire.seal(header, "another request").encode()
+                impostor.send_multipart([sender, said, torch.ones(1).numpy().tobytes()])
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        peers, out = Peers([member(0, address)], 1, replace(Deadlines(), weights_s=5.0), OURS), torch.zeros(1)
+        assert not peers.dense("x", out)
+        assert out.item() == 0
+        thread.join()
+        peers.close()
+
+
+def test_nonsense_harms_no_weight_server(store):
+    server, chance = WeightServer("127.0.0.1", OURS), random.Random(0)
+    server.start(DENSE, store)
+    word = OURS.seal(msgspec.json.encode(WeightRequest(name="norm")).decode(), server.address).encode()
+    with zmq.Context() as context, context.socket(zmq.DEALER) as stranger:
+        stranger.linger = 0
+        stranger.connect(server.address)
+        for _ in range(100):
+            stranger.send_multipart([chance.randbytes(chance.randrange(60)) for _ in range(chance.randrange(1, 4))])
+            stranger.send(word[: chance.randrange(len(word))])
+        assert not stranger.poll(100)
+        peers, norm = Peers([member(0, server.address)], 1, Deadlines(), OURS), torch.zeros(4).bfloat16()
+        assert peers.dense("norm", norm)
+        peers.close()
+    server.close()

@@ -1,14 +1,18 @@
 """Where the secret of a launch comes from, and what is refused."""
 
 import os
+import socket
 import stat
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from elastic_moe.membership.launch import Launch
+from elastic_moe.membership.launch import Launch, SeatStart
+from elastic_moe.membership.rendezvous import Seat, meet
 from elastic_moe.secret import launch_secret, read_secret
+from elastic_moe.wire import Wire
 
 
 @pytest.fixture
@@ -83,3 +87,20 @@ def test_what_cannot_be_a_secret_is_refused_in_one_line(environ, tmp_path):
     (tmp_path / "empty").touch()
     with pytest.raises(ValueError, match="a secret must have 16"):
         read_secret(str(tmp_path / "empty"), "elastic.secret_file")
+
+
+def test_ranks_with_other_secrets_are_told_so():
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        store = f"127.0.0.1:{probe.getsockname()[1]}"
+
+    def start(rank: int, secret: str) -> str:
+        launch = Launch(rank, 2, store=store, store_is_up=False, wire=Wire(secret))
+        with pytest.raises(ValueError, match="does not have the secret of rank") as raised:
+            meet(launch, Seat(SeatStart(launch)), 20)
+        return str(raised.value)
+
+    with ThreadPoolExecutor() as pool:
+        told = list(pool.map(start, [0, 1], ["the secret of one node", "the secret of another"]))
+    wanted = "rank {} does not have the secret of rank {}: give all nodes the same "
+    wanted += "elastic.secret_file, or ELASTIC_MOE_SECRET"
+    assert told == [wanted.format(1, 0), wanted.format(0, 1)]

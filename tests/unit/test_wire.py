@@ -1,4 +1,4 @@
-"""Every socket of a launch, against strangers who reach its port and do not know its secret, and against members who
+"""The sockets of a launch, against strangers who reach its port and do not know its secret, and against members who
 talk nonsense. Nothing of that has an effect, and after it the launch's own words are understood.
 """
 
@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 import msgspec
 import pytest
 import zmq
-from test_peers import DENSE, make_store
 
 from elastic_moe.deadlines import Deadlines
 from elastic_moe.group.epoch_store import GetRequest, StoreServer
@@ -21,7 +20,6 @@ from elastic_moe.membership.signals import Signals, ViewRequest, encode
 from elastic_moe.serving.engine.mailbox import Mailbox
 from elastic_moe.serving.protocol import AskLoads
 from elastic_moe.serving.protocol import encode as encode_serving
-from elastic_moe.weights.peers import WeightRequest, WeightServer
 from elastic_moe.wire import MAX_BYTES, PLAIN, Forged, Wire
 
 OURS, THEIRS = Wire("the secret of this launch"), Wire("the secret of another launch")
@@ -72,19 +70,13 @@ def store(wire: Wire) -> Server:
     return Server(StoreServer("127.0.0.1", wire).address, msgspec.msgpack.encode(GetRequest(1, ["a"], 0.0)))
 
 
-def weights(wire: Wire) -> Server:
-    ours = WeightServer("127.0.0.1", wire)
-    ours.start(DENSE, make_store())
-    return Server(ours.address, msgspec.msgpack.encode(WeightRequest(name="norm")))
-
-
 def mailbox(wire: Wire) -> Server:
     ours = Mailbox("127.0.0.1", lambda: None, wire=wire)
     ours.start()
     return Server(ours.address, encode_serving(AskLoads("ask")))
 
 
-@pytest.fixture(params=[signals, store, weights, mailbox], ids=lambda make: make.__name__)
+@pytest.fixture(params=[signals, store, mailbox], ids=lambda make: make.__name__)
 def make(request: pytest.FixtureRequest) -> Callable[[Wire], Server]:
     return request.param
 
