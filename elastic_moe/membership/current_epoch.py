@@ -76,7 +76,7 @@ class CurrentEpoch:
         self._on(ViewRequest, lambda signal: self._hear_request(signal))
         self._on(Greeting, lambda signal: self._hear_greeting(signal.view))
         self._on(PeerDied, lambda signal: self._peer_died(signal.rank, signal.incarnation))
-        self._on(JoinRequest, lambda signal: self._let_join(signal.member))
+        self._on(JoinRequest, self._let_join)
         self._signals.start(self._me.incarnation, deadlines, self._peer_is_silent, on_error)
         start_thread("greeter", self._greet, on_error=on_error)
 
@@ -102,7 +102,9 @@ class CurrentEpoch:
 
     def request_join(self, view: View) -> None:
         """Tell the members of `view` that this process waits to be taken in."""
-        self._signals.tell(view.members, JoinRequest(self._me))
+        others = {m.signals: m.incarnation for m in view.members if m.incarnation != self._me.incarnation}
+        unreached = tuple(others[address] for address in unreachable(others))
+        self._signals.tell(view.members, JoinRequest(self._me, unreached))
 
     def abort(self, epoch: int) -> bool:
         """Abort the groups of `epoch` and ask for the next view, if it is the current one. From any thread.
@@ -180,6 +182,7 @@ class CurrentEpoch:
         else:
             self._signals.tell(theirs.members, Greeting(mine))
 
-    def _let_join(self, member: Member) -> None:
-        if not self.view.has(member.rank, member.incarnation):
+    def _let_join(self, request: JoinRequest) -> None:
+        member, names = request.member, {m.incarnation for m in self.view.members}
+        if member.incarnation not in names and not names & set(request.unreached):
             self._joining[member.rank] = member

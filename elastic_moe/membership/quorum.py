@@ -29,6 +29,8 @@ from elastic_moe.wire import PLAIN, Forged, Wire
 
 BACKOFF_S = (1.0, 30.0)
 """How long a process stays out that the others could not reach: at first, and at most."""
+MEET_S, MEET_AGAIN_S = 8.0, 0.2
+"""How long a group that joins another asks again until the other asks too, and how often."""
 JOIN_REQUEST_EVERY_S = 0.5
 """From one request to be taken in to the next: a member that does not hear one hears another."""
 ASKED_S = 0.05
@@ -64,6 +66,8 @@ class Membership:
         self._dead: set[str] = set()
         self.on_turn: Callable[[], None] = lambda: None
         """Called again and again while `next_view` waits."""
+        self._trying, self._asked = "", ("", 0.0)
+        """The lighthouse that is asked for a view, and since when."""
         self._unreached: set[str] = set()
         self._newcomer = True
         self._backoff_s = BACKOFF_S[0]
@@ -156,12 +160,16 @@ class Membership:
             PeerLost: nobody agreed on anything within `deadline_s` seconds.
         """
         deadline = time.monotonic() + deadline_s
+        joins_a_group = not self._newcomer and not view.has(self._me.rank, self._me.incarnation)
+        meet_until = time.monotonic() + (MEET_S if joins_a_group else 0.0)
         future = self._call_for(view, request_join, deadline)
         while True:
             self.on_turn()
             try:
                 found = future.result(JOIN_REQUEST_EVERY_S)
             except FutureTimeout:
+                if self._call_is_lost():
+                    future = self._ask_again(view.epoch)
                 request_join(view)
             except PeerLost as error:
                 if time.monotonic() > deadline:
@@ -169,7 +177,11 @@ class Membership:
                 future = self.request_view(view.epoch)
             else:
                 if found.has(self._me.rank, self._me.incarnation):
-                    return found
+                    if time.monotonic() > meet_until or _share_members(found, view):
+                        return found
+                    self._closed.wait(MEET_AGAIN_S)  # those that this group has to join have not asked yet
+                    future = self._ask_again(view.epoch)
+                    continue
                 view = found
                 self._stay_out(view)
                 future = self._call_for(view, request_join, deadline)
@@ -185,6 +197,23 @@ class Membership:
             time.sleep(ASKED_S)
             request_join(view)
         return future
+
+    def _call_is_lost(self) -> bool:
+        """Whether the lighthouse that is being asked was out of reach meanwhile: it may never have heard the call, and
+        would let all others wait for one who sends heartbeats. Or whether one that all prefer is in reach again."""
+        url, began = self._asked
+        if url not in self._urls:
+            return False
+        settled = time.monotonic() - self._deadlines.settle_s
+        preferred = self._urls[: self._urls.index(url)]
+        return self._known_since.get(url, 0.0) > began or any(
+            self._known_since.get(other, settled) < settled for other in preferred
+        )
+
+    def _ask_again(self, after: int) -> "Future[View]":
+        with self._lock:
+            self._requests.pop(after, None)
+        return self.request_view(after)
 
     def _stay_out(self, view: View) -> None:
         """The others go on in `view`: they are not kept waiting by this process for a while, longer each time."""
@@ -218,6 +247,7 @@ class Membership:
             future.set_exception(error if isinstance(error, PeerLost) else PeerLost(str(error)))
 
     def _quorum(self, client: LighthouseClient, after: int) -> Quorum:
+        self._asked = self._trying, time.monotonic()
         self._calling.set()
         name = _name(self._me.rank, self._me.incarnation)
         return client.quorum(
@@ -286,6 +316,7 @@ class Membership:
         for url in self._urls:
             try:
                 self._settle(url)
+                self._trying = url
                 return call(LighthouseClient(url, self._connect_timeout))
             except (RuntimeError, TimeoutError) as error:
                 reasons.append(f"{url}: {str(error).splitlines()[0]}")
@@ -294,6 +325,10 @@ class Membership:
     @property
     def _connect_timeout(self) -> timedelta:
         return timedelta(seconds=self._deadlines.connect_s)
+
+
+def _share_members(one: View, other: View) -> bool:
+    return bool({m.incarnation for m in one.members} & {m.incarnation for m in other.members})
 
 
 def votes_of(quorum: Quorum, wire: Wire) -> list[tuple[int, Record]]:

@@ -46,9 +46,11 @@ class ViewRequest(msgspec.Struct, tag="view_request", frozen=True):
 
 
 class JoinRequest(msgspec.Struct, tag="join_request", frozen=True):
-    """A process that is ready to be a member -> members: take me in at the next step you agree on."""
+    """A process that is ready to be a member -> members: take me in at the next step you agree on, unless one of you is
+    among those that I do not reach."""
 
     member: Member
+    unreached: tuple[str, ...] = ()
 
 
 class Wake(msgspec.Struct, tag="wake", frozen=True):

@@ -1,15 +1,24 @@
 """Four ranks, the demo model, and clients at the real HTTP port."""
 
 import asyncio
+import random
 import time
 from collections.abc import Awaitable, Callable
 
 import httpx
+import msgspec
+import psutil
 import pytest
+import zmq
 from openai import APIStatusError, AsyncOpenAI
 from prometheus_client.parser import text_string_to_metric_families
 from support.reference import Continuation, Reference
 from support.server import Server, num_requests, wait_until
+
+from elastic_moe.membership.signals import PeerDied, encode
+from elastic_moe.serving.protocol import AskLoads
+from elastic_moe.serving.protocol import encode as encode_serving
+from elastic_moe.weights.peers import WeightRequest
 
 pytestmark = pytest.mark.xdist_group("server")
 
@@ -240,3 +249,38 @@ def test_status_is_consistent(server: Server):
     (num_experts,) = {m["num_experts"] for m in members}
     for layers in zip(*(m["slots"] for m in members), strict=True):
         assert {expert for slots in layers for expert in slots} == set(range(num_experts))
+
+
+def test_a_stranger_on_this_host_gets_nothing_and_removes_nobody(server: Server, reference: Reference):
+    """It says to every port of every engine what members say, of processes that are there."""
+    before = server.status()
+    died = PeerDied(1, next(m["incarnation"] for m in before["members"] if m["rank"] == 1))
+    words = [
+        encode(died),
+        msgspec.json.encode(WeightRequest(layer=0, expert=0)),
+        encode_serving(AskLoads("ask")),
+        random.Random(2).randbytes(1000),
+    ]
+    listening = [
+        connection.laddr
+        for engine in server.engines().values()
+        for connection in engine.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert len(listening) >= 4 * 4
+    assert {address.ip for address in listening} == {"127.0.0.1"}
+    with zmq.Context() as context:
+        context.linger, poller = 0, zmq.Poller()
+        for host, port in listening:
+            socket = context.socket(zmq.DEALER)
+            socket.connect(f"tcp://{host}:{port}")
+            poller.register(socket, zmq.POLLIN)
+            for word in words:
+                socket.send(word)
+        assert not poller.poll(1500), "an answer: weights, loads"
+        wanted = reference.continuations(1)[0]
+        got = with_client(server, lambda client: complete_greedily(client, wanted, stream=False))
+    assert_equal(got, wanted, reference)
+    after = server.status()
+    assert after["epoch"] == before["epoch"]
+    assert [m["pid"] for m in after["members"]] == [m["pid"] for m in before["members"]]
