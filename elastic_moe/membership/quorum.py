@@ -3,8 +3,7 @@
 The lighthouse (Rust, by heartbeats and quorum) decides; observation only asks. It waits for every process that sends
 heartbeats, so a slow member is never left out. For one that died the survivors vote as soon as its supervisor has said
 so (`note_death`); otherwise, as when a whole node is lost, it counts until its heartbeats have been missing for
-`heartbeat_timeout_s`. Serving needs no lighthouse while nothing changes. Several may be named: all get heartbeats, the
-first that answers is asked, so another node's takes over and knows already who lives.
+`heartbeat_timeout_s`. Serving needs no lighthouse while nothing changes.
 """
 
 import logging
@@ -14,7 +13,6 @@ from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from datetime import timedelta
-from typing import TypeVar
 
 import msgspec
 from torchft.coordination import LighthouseClient, Quorum
@@ -24,6 +22,7 @@ from elastic_moe.deadlines import Deadlines
 from elastic_moe.errors import PeerLost
 from elastic_moe.group.probe import unreachable
 from elastic_moe.group.view import Member, View
+from elastic_moe.membership.lighthouses import Lighthouses
 from elastic_moe.membership.verdict import Record, members_without_disputes
 from elastic_moe.wire import PLAIN, Forged, Wire
 
@@ -37,7 +36,6 @@ ASKED_S = 0.05
 """From a newcomer's call to its first request to be taken in: the call must be there before those of the members, for
 the lighthouse answers as soon as all members of the last view have asked."""
 
-Answer = TypeVar("Answer")
 log = logging.getLogger(__name__)
 
 
@@ -58,24 +56,20 @@ class Membership:
         self._deadlines = deadlines
         self._on_error = on_error
         self._wire = wire
-        self._urls: list[str] = []
-        self._threads: list[threading.Thread] = []
+        self._lighthouses = Lighthouses(_name(me.rank, me.incarnation), lighthouses, deadlines, on_error)
         self._lock = threading.Lock()
         self._requests: dict[int, Future[View]] = {}
         self._died_at: dict[str, float] = {}
         self._dead: set[str] = set()
         self.on_turn: Callable[[], None] = lambda: None
         """Called again and again while `next_view` waits."""
-        self._trying, self._asked = "", ("", 0.0)
-        """The lighthouse that is asked for a view, and since when."""
+        self._asked: tuple[str, float] | None = None
+        """The lighthouse that was last asked for a view, and when."""
         self._unreached: set[str] = set()
         self._newcomer = True
         self._backoff_s = BACKOFF_S[0]
-        self._known_since: dict[str, float] = {}
         self._calling = threading.Event()
-        self._beating = threading.Event()
         self._closed = threading.Event()
-        self._use(lighthouses)
 
     def entered(self, view: View) -> None:
         """`view` is the current one, and its groups are built: who was not reached before is no matter any more."""
@@ -91,15 +85,12 @@ class Membership:
 
     def start(self) -> None:
         """Send heartbeats: from now on others wait for this process when a view is made."""
-        self._beating.set()
+        self._lighthouses.count_me()
 
     def close(self) -> None:
-        """Send heartbeats no more, and wait for their threads: one inside Rust code at the interpreter's end would
-        abort the process."""
+        """Send heartbeats no more, and wait for none."""
         self._closed.set()
-        self._beating.set()
-        for thread in self._threads:
-            thread.join(2 * self._deadlines.connect_s)
+        self._lighthouses.close()
 
     def note_death(self, rank: int, incarnation: str) -> None:
         """The supervisor of this process says that it died. From any thread."""
@@ -118,13 +109,8 @@ class Membership:
 
     @property
     def is_settled(self) -> bool:
-        """Whether the lighthouse that all of a launch prefer counts this process, or is gone: only then may two groups
-        that have been cut from each other ask for one view."""
-        first = self._urls[0] if self._urls else ""
-        since = self._known_since.get(first)
-        if since is not None:
-            return time.monotonic() - since > self._deadlines.settle_s
-        return not first or bool(unreachable([first.removeprefix("http://")]))
+        """Whether two groups that have been cut from each other may ask for one view."""
+        return self._lighthouses.preferred_settled
 
     def knows_a_death(self, view: View) -> bool:
         """Whether a member of `view` is known to have died: it voted, and died before the view came."""
@@ -168,7 +154,7 @@ class Membership:
             try:
                 found = future.result(JOIN_REQUEST_EVERY_S)
             except FutureTimeout:
-                if self._call_is_lost():
+                if self._asked and self._lighthouses.may_have_missed(*self._asked):
                     future = self._ask_again(view.epoch)
                 request_join(view)
             except PeerLost as error:
@@ -191,24 +177,12 @@ class Membership:
         absent = not view.has(self._me.rank, self._me.incarnation)
         if absent:
             self._wait_until_reached(view, deadline)
-        self._beating.set()
+        self._lighthouses.count_me()
         future = self.request_view(view.epoch)
         if absent and self._calling.wait(self._deadlines.connect_s + self._deadlines.settle_s):
             time.sleep(ASKED_S)
             request_join(view)
         return future
-
-    def _call_is_lost(self) -> bool:
-        """Whether the lighthouse that is being asked was out of reach meanwhile: it may never have heard the call, and
-        would let all others wait for one who sends heartbeats. Or whether one that all prefer is in reach again."""
-        url, began = self._asked
-        if url not in self._urls:
-            return False
-        settled = time.monotonic() - self._deadlines.settle_s
-        preferred = self._urls[: self._urls.index(url)]
-        return self._known_since.get(url, 0.0) > began or any(
-            self._known_since.get(other, settled) < settled for other in preferred
-        )
 
     def _ask_again(self, after: int) -> "Future[View]":
         with self._lock:
@@ -221,7 +195,7 @@ class Membership:
             self._newcomer, self._unreached = True, set()
             wait_s, self._backoff_s = self._backoff_s, min(2 * self._backoff_s, BACKOFF_S[1])
         log.warning("left out of epoch %d, ranks %s: asking again in %.0f s", view.epoch, list(view.ranks), wait_s)
-        self._beating.clear()
+        self._lighthouses.count_me(False)
         end = time.monotonic() + wait_s
         while (left := end - time.monotonic()) > 0 and not self._closed.wait(min(left, JOIN_REQUEST_EVERY_S)):
             self.on_turn()
@@ -238,16 +212,16 @@ class Membership:
 
     def _ask(self, after: int, future: "Future[View]") -> None:
         try:
-            quorum = self._call(lambda client: self._quorum(client, after))
+            quorum = self._lighthouses.call(lambda url, client: self._quorum(url, client, after))
             votes = votes_of(quorum, self._wire)
             members = members_without_disputes([record for _, record in votes])
-            self._use([m.lighthouse for m in members if m.lighthouse])
-            future.set_result(View(1 + max(step for step, _ in votes), members, tuple(self._urls)))
+            self._lighthouses.add([m.lighthouse for m in members if m.lighthouse])
+            future.set_result(View(1 + max(step for step, _ in votes), members, self._lighthouses.urls))
         except (PeerLost, ValueError) as error:  # or whoever waits would wait for ever
             future.set_exception(error if isinstance(error, PeerLost) else PeerLost(str(error)))
 
-    def _quorum(self, client: LighthouseClient, after: int) -> Quorum:
-        self._asked = self._trying, time.monotonic()
+    def _quorum(self, url: str, client: LighthouseClient, after: int) -> Quorum:
+        self._asked = url, time.monotonic()
         self._calling.set()
         name = _name(self._me.rank, self._me.incarnation)
         return client.quorum(
@@ -269,62 +243,16 @@ class Membership:
         """Take the part in the vote of a process that died, without a member's record: so nobody waits for it."""
         timeout = timedelta(seconds=self._deadlines.death_vote_s)
 
-        def call(client: LighthouseClient) -> None:
+        def call(_url: str, client: LighthouseClient) -> None:
             client.quorum(replica_id=name, timeout=timeout, step=0, data={"died": "yes"})
 
         def vote() -> None:
             try:
-                self._call(call)
+                self._lighthouses.call(call)
             except PeerLost as error:
                 log.debug("voting for %s, which died: %s", name, error)
 
         start_thread("vote", vote, on_error=self._on_error)
-
-    def _use(self, urls: Sequence[str]) -> None:
-        for url in urls:
-            if url not in self._urls:
-                self._urls.append(url)
-                self._threads.append(start_thread("heartbeat", self._beat, url, on_error=self._on_error))
-
-    def _beat(self, url: str) -> None:
-        client, name, timeout = None, _name(self._me.rank, self._me.incarnation), self._connect_timeout
-        self._beating.wait()
-        while not self._closed.wait(self._deadlines.heartbeat_s):
-            if not self._beating.is_set():
-                self._known_since.pop(url, None)
-                self._beating.wait()
-            try:
-                client = client or LighthouseClient(url, timeout)
-                client.heartbeat(name, timeout)
-                self._known_since.setdefault(url, time.monotonic())
-            except (RuntimeError, TimeoutError) as error:
-                client = None
-                self._known_since.pop(url, None)
-                log.debug("heartbeat to %s: %s", url, error)
-
-    def _settle(self, url: str) -> None:
-        deadline = time.monotonic() + self._deadlines.connect_s
-        while url not in self._known_since:
-            if time.monotonic() > deadline:
-                raise TimeoutError("it takes no heartbeats")
-            time.sleep(self._deadlines.heartbeat_s / 10)
-        time.sleep(max(0.0, self._known_since.get(url, 0.0) + self._deadlines.settle_s - time.monotonic()))
-
-    def _call(self, call: Callable[[LighthouseClient], Answer]) -> Answer:
-        """`call` on the first lighthouse that answers."""
-        reasons = []
-        for url in self._urls:
-            try:
-                self._settle(url)
-                self._trying = url
-                return call(LighthouseClient(url, self._connect_timeout))
-            except (RuntimeError, TimeoutError) as error:
-                reasons.append(f"{url}: {str(error).splitlines()[0]}")
-        raise PeerLost(f"no lighthouse answered ({'; '.join(reasons) or 'none is known'})")
-
-    @property
-    def _connect_timeout(self) -> timedelta:
-        return timedelta(seconds=self._deadlines.connect_s)
 
 
 def _share_members(one: View, other: View) -> bool:

@@ -187,8 +187,8 @@ class Signals:
                 self._receive(self._router.recv_multipart()[-1])
             now = time.monotonic()
             if now >= next_ping and not self._closed.is_set():
-                while self._router.poll(0):  # all that has come is heard before anybody is called silent
-                    self._receive(self._router.recv_multipart()[-1])
+                while self._router.poll(0) and time.monotonic() < now + self._ping_s:
+                    self._receive(self._router.recv_multipart()[-1])  # what has come, before anybody is called silent
                 self._look_for_losses(now, asleep_s=now - looked - self._ping_s)
                 next_ping, looked = now + self._ping_s, now
                 with self._lock:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.agreement import both, join, lighthouses  # noqa: F401
 from support.batching import NEW_TOKENS, PROMPTS
 from support.families import FAMILIES, build
 from support.front_end import make_checkpoint, make_config

@@ -17,8 +17,9 @@ from elastic_moe.deadlines import Deadlines
 from elastic_moe.errors import PeerLost
 from elastic_moe.group.epoch_groups import EpochGroups
 from elastic_moe.group.view import Member, View
-from elastic_moe.membership import quorum
+from elastic_moe.membership import lighthouses
 from elastic_moe.membership.current_epoch import CurrentEpoch
+from elastic_moe.membership.lighthouses import Lighthouses
 from elastic_moe.membership.quorum import Membership
 from elastic_moe.membership.signals import Signals, SignalSender, ViewRequest
 from elastic_moe.serving.engine.mailbox import Mailbox
@@ -108,7 +109,7 @@ def test_the_mailbox(errors):
 
 
 def test_heartbeats(errors, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(quorum, "LighthouseClient", break_down)
+    monkeypatch.setattr(lighthouses, "LighthouseClient", break_down)
     membership = Membership(ME, ["http://127.0.0.1:1"], DEADLINES, errors.put)
     membership.start()
     assert isinstance(errors.get(timeout=WAIT_S), Bug)
@@ -116,7 +117,7 @@ def test_heartbeats(errors, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_whoever_waits_for_a_view_gets_what_its_thread_raised(errors, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(Membership, "_call", break_down)
+    monkeypatch.setattr(Lighthouses, "call", break_down)
     membership = Membership(ME, [], DEADLINES, errors.put)
     view = View(1, (ME, PEER))
     with pytest.raises(Bug):
@@ -143,7 +144,7 @@ def test_a_malformed_answer_of_a_lighthouse_is_no_view(errors, monkeypatch: pyte
         def heartbeat(self, *_args: object) -> None:
             pass
 
-    monkeypatch.setattr(quorum, "LighthouseClient", Client)
+    monkeypatch.setattr(lighthouses, "LighthouseClient", Client)
     membership = Membership(ME, ["http://127.0.0.1:1"], DEADLINES, errors.put)
     with pytest.raises(PeerLost, match="no view after epoch 1 within"):
         membership.next_view(View(1, (ME, PEER)), request_join=lambda _view: None, deadline_s=0.1)

@@ -1,113 +1,23 @@
-"""Agreement on a view, with torchft's lighthouse: heartbeats, votes, join requests, several lighthouses."""
+"""Agreement on a view, with torchft's lighthouse: votes, deaths, join requests."""
 
-import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import timedelta
-from typing import ClassVar
 
 import msgspec
 import pytest
-from torchft.coordination import LighthouseClient, LighthouseServer
+from support.agreement import FAST, NOBODY, QUICK_S, WAIT_S, member, no_join, wait_for_heartbeats
+from torchft.coordination import LighthouseClient
 
 from elastic_moe.deadlines import Deadlines
 from elastic_moe.errors import PeerLost
-from elastic_moe.group.view import Member, View
+from elastic_moe.group.view import View
 from elastic_moe.membership import quorum as module
+from elastic_moe.membership.lighthouses import Lighthouses
 from elastic_moe.membership.quorum import Membership
 from elastic_moe.membership.verdict import Record
-from elastic_moe.wire import PLAIN, Wire
-
-WAIT_S = 10.0
-NOBODY = "http://127.0.0.1:9"
-FAST = Deadlines(
-    progress_s=9.0,
-    heartbeat_s=0.02,
-    heartbeat_timeout_s=4.0,  # so that who dies is left out early by a vote alone
-    settle_s=0.1,
-    connect_s=0.4,
-    view_call_s=8.0,
-    death_vote_s=5.0,
-)
-QUICK_S = 2.0
-"""Well below `heartbeat_timeout_s`."""
-
-
-class Lighthouse:
-    def __init__(self, heartbeat_timeout_s: float = FAST.heartbeat_timeout_s) -> None:
-        self._server = LighthouseServer(
-            bind="127.0.0.1:0",
-            min_replicas=1,
-            join_timeout_ms=60_000,
-            quorum_tick_ms=10,
-            heartbeat_timeout_ms=int(heartbeat_timeout_s * 1000),
-        )
-        self.url = f"http://127.0.0.1:{self._server.address().rsplit(':', 1)[1]}"
-
-    def shut(self) -> None:
-        self._server.shutdown()
-
-
-def member(rank: int, lighthouse: str = "") -> Member:
-    return Member(
-        rank, rank // 2, f"i{rank}", 1, "host", f"tcp://127.0.0.1:{rank + 1}", "", f"address {rank}", "", lighthouse
-    )
-
-
-@pytest.fixture
-def lighthouses() -> Iterator[Callable[..., Lighthouse]]:
-    made: list[Lighthouse] = []
-
-    def make(**settings: float) -> Lighthouse:
-        made.append(Lighthouse(**settings))
-        return made[-1]
-
-    yield make
-    for lighthouse in made:
-        lighthouse.shut()
-
-
-@pytest.fixture
-def join() -> Iterator[Callable[..., Membership]]:
-    made: list[Membership] = []
-
-    def raised(error: BaseException) -> None:
-        raise AssertionError("a thread died") from error
-
-    def make(me: Member, *urls: str, deadlines: Deadlines = FAST, wire: Wire = PLAIN) -> Membership:
-        made.append(Membership(me, urls, deadlines, raised, wire))
-        return made[-1]
-
-    yield make
-    for membership in made:
-        membership.close()
-
-
-@pytest.fixture
-def both(lighthouses, join) -> tuple[Membership, Membership]:
-    """Ranks 3 and 1 of one lighthouse, which counts both."""
-    url = lighthouses().url
-    two = join(member(3), url), join(member(1), url)
-    for membership in two:
-        membership.start()
-    wait_for_heartbeats(*two)
-    return two
-
-
-def wait_until(done: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not done():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def wait_for_heartbeats(*memberships: Membership, urls: int = 1) -> None:
-    wait_until(lambda: all(len(membership._known_since) == urls for membership in memberships))
-
-
-def no_join(_view: View) -> None:
-    raise AssertionError("nobody wants to join")
+from elastic_moe.wire import Wire
 
 
 def test_members_agree_on_themselves_in_the_order_of_their_ranks(both):
@@ -214,14 +124,14 @@ def test_deaths_are_known_of_these_very_processes_and_voted_for_a_while(join, mo
 def test_asking_again_gets_the_same_answer_unless_that_failed(join, monkeypatch: pytest.MonkeyPatch):
     calls: list[int] = []
 
-    def call(_self: Membership, _what: object) -> object:
+    def call(_self: Lighthouses, _what: object) -> object:
         calls.append(1)
         if len(calls) == 1:
             raise PeerLost("for once")
         time.sleep(0.2)
         raise PeerLost("again")
 
-    monkeypatch.setattr(Membership, "_call", call)
+    monkeypatch.setattr(Lighthouses, "call", call)
     membership = join(member(0), NOBODY)
     first = membership.request_view(3)
     with pytest.raises(PeerLost, match="for once"):
@@ -236,7 +146,7 @@ def test_asking_again_gets_the_same_answer_unless_that_failed(join, monkeypatch:
 
 
 def test_a_newcomer_asks_to_join_once_its_call_is_there_and_again_until_the_members_ask(both, lighthouses, join):
-    url = both[0]._urls[0]
+    url = both[0]._lighthouses.urls[0]
     newcomer, old = join(member(2), url), View(6, (member(1), member(3)))
     requests: list[float] = []
     begin = time.monotonic()
@@ -265,15 +175,15 @@ def test_a_member_that_waits_for_the_others_asks_to_join_only_when_that_takes_lo
 
 def test_next_view_asks_again_after_a_call_that_failed(lighthouses, join, monkeypatch: pytest.MonkeyPatch):
     membership = join(member(0), lighthouses().url)
-    real, calls = Membership._call, []
+    real, calls = Lighthouses.call, []
 
-    def call(self: Membership, what: Callable[..., object]) -> object:
+    def call(self: Lighthouses, what: Callable[..., object]) -> object:
         calls.append(1)
         if len(calls) < 3:
             raise PeerLost("not yet")
         return real(self, what)
 
-    monkeypatch.setattr(Membership, "_call", call)
+    monkeypatch.setattr(Lighthouses, "call", call)
     assert membership.next_view(View(1, (member(0),)), no_join, WAIT_S).epoch == 2
     assert len(calls) == 3
 
@@ -293,87 +203,26 @@ def test_without_any_lighthouse_the_error_says_so(join):
         join(member(0)).request_view(1).result(WAIT_S)
 
 
-def test_the_first_lighthouse_that_answers_is_asked(lighthouses, join):
-    membership = join(member(0), NOBODY, lighthouses().url)
-    membership.start()
-    begin = time.monotonic()
-    assert membership.request_view(2).result(WAIT_S).epoch == 3
-    assert time.monotonic() - begin < 3 * FAST.connect_s + FAST.settle_s
+def test_a_group_that_joins_another_does_not_take_itself_for_the_answer(lighthouses, join):
+    """The halves of a network that has healed neither ask in the same instant, nor does one's lighthouse count the
+    other at once: who joins asks until both are in."""
+    url = lighthouses().url
+    joins, others = join(member(2), url), [join(member(1), url), join(member(3), url)]
+    mine, theirs = View(3, (member(2),)), View(6, (member(1), member(3)))
+    joins.entered(mine)
+    joins.start()
 
+    def answer() -> list[View]:
+        time.sleep(1.0)
+        for membership in others:
+            membership.entered(theirs)
+            membership.start()
+        asked = [membership.request_view(theirs.epoch) for membership in others]
+        return [future.result(WAIT_S) for future in asked]
 
-def test_a_lighthouse_is_asked_only_when_all_have_had_the_time_for_a_heartbeat(lighthouses, join):
-    membership = join(member(0), lighthouses().url, deadlines=Deadlines(settle_s=0.8, heartbeat_s=0.02))
-    begin = time.monotonic()
-    membership.start()
-    membership.request_view(2).result(WAIT_S)
-    assert 0.8 <= time.monotonic() - begin < 2
-
-
-def test_lighthouses_are_learned_from_members_and_take_over_from_one_that_does_not_answer(lighthouses, join):
-    """One that is shut keeps its connections, takes heartbeats, and answers no call."""
-    first, second = lighthouses(), lighthouses()
-    deadlines = dataclasses.replace(FAST, view_call_s=1.0)
-    one = join(member(0, first.url), first.url, deadlines=deadlines)
-    other = join(member(1, second.url), first.url, deadlines=deadlines)
-    for membership in (one, other):
-        membership.start()
-    wait_for_heartbeats(one, other)
-    asked = [membership.request_view(1) for membership in (one, other)]
-    view = asked[0].result(WAIT_S)
-    assert view.lighthouses == (first.url, second.url)
-    asked[1].result(WAIT_S)
-    wait_for_heartbeats(one, other, urls=2)
-    first.shut()
-    begin = time.monotonic()
-    asked = [membership.request_view(view.epoch) for membership in (one, other)]
-    assert [future.result(WAIT_S).epoch for future in asked] == [3, 3]
-    assert time.monotonic() - begin < 3
-
-
-class ScriptedClient:
-    """A lighthouse that takes heartbeats or does not."""
-
-    answers = True
-    made = 0
-    timeouts: ClassVar[set[float]] = set()
-
-    def __init__(self, _url: str, timeout: timedelta) -> None:
-        type(self).made += 1
-        self.timeouts.add(timeout.total_seconds())
-
-    def heartbeat(self, name: str, timeout: timedelta) -> None:
-        assert name == "0:i0"
-        self.timeouts.add(timeout.total_seconds())
-        if not self.answers:
-            raise TimeoutError("no answer")
-
-
-def test_a_lighthouse_that_dies_and_comes_back_has_to_settle_anew(join, monkeypatch: pytest.MonkeyPatch):
-    class Client(ScriptedClient):
-        pass
-
-    monkeypatch.setattr(module, "LighthouseClient", Client)
-    membership = join(member(0), NOBODY)
-    membership.start()
-    wait_for_heartbeats(membership)
-    since = membership._known_since[NOBODY]
-    wait_a_few_heartbeats()
-    assert (Client.made, membership._known_since[NOBODY]) == (1, since)
-    Client.answers = False
-    wait_until(lambda: not membership._known_since)
-    with pytest.raises(PeerLost, match="it takes no heartbeats"):
-        membership.request_view(1).result(WAIT_S)
-    Client.answers = True
-    wait_for_heartbeats(membership)
-    assert membership._known_since[NOBODY] > since
-    assert Client.made > 1, "the connection is made anew"
-    assert Client.timeouts == {FAST.connect_s}
-
-
-def wait_a_few_heartbeats() -> None:
-    time.sleep(5 * FAST.heartbeat_s)
-
-
-def test_a_closed_one_sends_no_heartbeats_and_has_no_threads(both):
-    both[0].close()
-    assert not any(thread.is_alive() for thread in both[0]._threads)
+    with ThreadPoolExecutor() as pool:
+        answered = pool.submit(answer)
+        view = joins.next_view(theirs, lambda _view: None, WAIT_S)
+        assert view.ranks == (1, 2, 3)
+        assert view.epoch > theirs.epoch
+        assert answered.result(WAIT_S) == [view, view]
