@@ -8,6 +8,7 @@ recovery (torch 2.13, `c10d::detail::formatSockAddr`; seen here for one connecti
 import threading
 import time
 from datetime import timedelta
+from typing import NamedTuple
 
 import msgspec
 import torch.distributed as dist
@@ -16,9 +17,9 @@ import zmq
 from elastic_moe.background import end_process, start_thread
 from elastic_moe.wire import PLAIN, Wire
 
-KEEP_S = 600.0
-"""How long a value is kept: longer than any `Deadlines.build_s`. The members of a group come to it within seconds of
-each other, whatever its deadline."""
+KEEP_S, SWEEP_S = 600.0, 1.0
+"""How long a value is kept: longer than anybody waits for another (`Deadlines.build_s`), for the members of a group
+come to it within seconds of each other, whatever its deadline. And how often what is over is looked for."""
 
 
 class PutRequest(msgspec.Struct, tag="put", frozen=True):
@@ -62,7 +63,9 @@ class StoreServer:
         """`host:port`"""
         self._kept: dict[str, tuple[float, bytes]] = {}
         """Key -> (time until which it is kept, value), oldest first."""
-        self._waiting: list[tuple[bytes, GetRequest, float]] = []
+        self._waiting: dict[str, list[_Asker]] = {}
+        """Under one key that it still lacks, each of those who wait."""
+        self._swept = time.monotonic()
         start_thread("store", self._serve, on_error=end_process)
 
     def _serve(self) -> None:
@@ -73,25 +76,48 @@ class StoreServer:
                 request = _decode_request(frame)
             except ValueError:
                 continue
-            if isinstance(request, PutRequest):
-                self._kept.pop(request.key, None)
-                self._kept[request.key] = now + KEEP_S, request.value
-            else:
-                self._waiting.append((client, request, now + request.within_s))
-            self._forget(now)
-            self._waiting = [entry for entry in self._waiting if not self._answered(*entry[:2])]
+            if now > self._swept + SWEEP_S:
+                self._sweep(now)
+            if isinstance(request, GetRequest):
+                self._answer(_Asker(client, request, now + request.within_s))
+                continue
+            self._kept.pop(request.key, None)
+            self._kept[request.key] = now + KEEP_S, request.value
+            for asker in self._waiting.pop(request.key, ()):
+                self._answer(asker)
 
-    def _forget(self, now: float) -> None:
+    def _answer(self, asker: "_Asker") -> None:
+        """If all is there, or it shall not wait; else it waits for what it lacks first. Each of its keys is looked for
+        once or twice, so that R members who all ask for the values of all cost R * R looks, not R times as many."""
+        client, request, _, begin = asker
+        keys = request.keys
+        lacking = self._first_lacking(keys, begin)
+        if lacking == len(keys) and begin:
+            lacking = self._first_lacking(keys, 0)  # one may have been kept too long meanwhile
+        if lacking < len(keys) and request.within_s:
+            self._waiting.setdefault(keys[lacking], []).append(asker._replace(begin=lacking))
+            return
+        values = [self._kept[key][1] for key in keys] if lacking == len(keys) else None
+        self._router.send_multipart([client, _encode(GetReply(request.number, values))])
+
+    def _first_lacking(self, keys: list[str], begin: int) -> int:
+        return next((at for at in range(begin, len(keys)) if keys[at] not in self._kept), len(keys))
+
+    def _sweep(self, now: float) -> None:
+        self._swept = now
         while self._kept and (oldest := next(iter(self._kept))) and self._kept[oldest][0] < now:
             del self._kept[oldest]
-        self._waiting = [entry for entry in self._waiting if entry[2] >= now]
+        waiting = {key: [asker for asker in askers if asker.until >= now] for key, askers in self._waiting.items()}
+        self._waiting = {key: askers for key, askers in waiting.items() if askers}
 
-    def _answered(self, client: bytes, request: GetRequest) -> bool:
-        complete = all(key in self._kept for key in request.keys)
-        if complete or not request.within_s:
-            values = [self._kept[key][1] for key in request.keys] if complete else None
-            self._router.send_multipart([client, _encode(GetReply(request.number, values))])
-        return complete or not request.within_s
+
+class _Asker(NamedTuple):
+    """Who waits for values, until when, and from which of its keys on some are lacking."""
+
+    client: bytes
+    request: GetRequest
+    until: float
+    begin: int = 0
 
 
 class EpochStore(dist.Store):
