@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from elastic_moe.group.connections import Connections, listening_ports
+from elastic_moe.group.epoch_store import RankValues
 from elastic_moe.group.view import View
 
 
@@ -40,7 +41,8 @@ def make_gloo(store: dist.Store, view: View, rank: int, limit: timedelta) -> Bac
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=view.member(rank).host)]
         ports = set(listening_ports()) - before
     store.set(f"ports/{rank}", ",".join(map(str, ports)))
-    backend = dist.ProcessGroupGloo(store, view.group_rank(rank), len(view.members), options)
+    values = RankValues(store, len(view.members))
+    backend = dist.ProcessGroupGloo(values, view.group_rank(rank), len(view.members), options)
     said = store.multi_get([f"ports/{member.rank}" for member in view.members])
     listeners = {
         (member.host, int(port))
@@ -49,7 +51,11 @@ def make_gloo(store: dist.Store, view: View, rank: int, limit: timedelta) -> Bac
         if port
     }
     connections = Connections(listeners)
-    return Backend(backend, lambda _group: connections.shut())
+
+    def abort(_group: Any, _held: RankValues = values) -> None:
+        connections.shut()
+
+    return Backend(backend, abort)
 
 
 def make_nccl(store: dist.Store, view: View, rank: int, limit: timedelta) -> Backend:

@@ -188,3 +188,43 @@ class EpochStore(dist.Store):
                 if reply.number == self._number:
                     return reply.values
         raise dist.DistStoreError(f"no value of {', '.join(keys)} within {within_s} s")
+
+
+class RankValues(dist.Store):
+    """What `ProcessGroupGloo` builds on: it puts one value a rank under `NAME/RANK`, and then waits for and gets the
+    others' one by one. Here the first that it wants brings all: one request a rank, not two for each peer.
+    """
+
+    def __init__(self, store: dist.Store, size: int) -> None:
+        """`size` ranks build on `store`. Hold it as long as they are built."""
+        super().__init__()
+        self._store = store
+        self._size = size
+        self._got: dict[str, bytes] = {}
+
+    def clone(self) -> "RankValues":
+        """See `EpochStore.clone`."""
+        return self
+
+    def set(self, key: str, value: bytes | str) -> None:
+        """Keep `value` under `key`."""
+        self._store.set(key, value)  # pyright: ignore[reportArgumentType]  (torch takes bytes too)
+
+    def get(self, key: str) -> bytes:
+        """The value of `key`.
+
+        Raises:
+            dist.DistStoreError: one of the ranks did not put its own in time.
+        """
+        self.wait([key])
+        return self._got[key]
+
+    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
+        """Return when all of `keys` are there, and those of the other ranks too.
+
+        Raises:
+            dist.DistStoreError: one of the ranks did not put its own in time.
+        """
+        for name in {key.rpartition("/")[0] for key in keys if key not in self._got}:
+            names = [f"{name}/{rank}" for rank in range(self._size)]
+            self._got |= dict(zip(names, self._store.multi_get(names), strict=True))

@@ -2,15 +2,18 @@
 
 import threading
 import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import msgspec
 import pytest
+import torch
 import torch.distributed as dist
 import zmq
 
 from elastic_moe.group import epoch_store
-from elastic_moe.group.epoch_store import EpochStore, StoreServer
+from elastic_moe.group.epoch_store import EpochStore, RankValues, StoreServer
 
 
 @pytest.fixture
@@ -83,3 +86,36 @@ def test_old_values_and_questions_are_forgotten(server, monkeypatch):
         time.sleep(0.02)
         store.set("now", b"1")
         assert EpochStore(server.address, 5).get("now") == b"1"
+
+
+def test_a_group_of_gloo_costs_each_rank_one_request(server, monkeypatch: pytest.MonkeyPatch):
+    """Not two for each peer: at 256 ranks that was 131 thousand at one server."""
+    size, asked = 5, Counter[str]()
+    answer = StoreServer._answer
+
+    def count(self: StoreServer, asker: epoch_store._Asker) -> None:
+        if asker.begin == 0:
+            asked[str(len(asker.request.keys))] += 1
+        answer(self, asker)
+
+    monkeypatch.setattr(StoreServer, "_answer", count)
+
+    def rank(number: int) -> int:
+        store = EpochStore(server.address, 5)
+        values = RankValues(dist.PrefixStore("epoch", store), size)
+        group = dist.ProcessGroupGloo(values, number, size, timedelta(seconds=5))
+        summed = torch.tensor([number])
+        group.allreduce([summed]).wait()
+        del values, store  # held so far
+        return int(summed)
+
+    with ThreadPoolExecutor(size) as pool:
+        assert list(pool.map(rank, range(size))) == [10] * size
+    assert set(asked) == {str(size)}, "nobody asks for one value"
+
+
+def test_a_rank_that_does_not_put_its_value_is_an_error_for_all(server):
+    values = RankValues(EpochStore(server.address, 0.2), 2)
+    values.set("0/0", b"mine")
+    with pytest.raises(dist.DistStoreError, match=r"no value of 0/0, 0/1 within 0\.2 s"):
+        values.get("0/0")
