@@ -47,7 +47,7 @@ class GetReply(msgspec.Struct, frozen=True):
     values: list[bytes] | None
 
 
-_encode = msgspec.msgpack.Encoder().encode
+encode = msgspec.msgpack.Encoder().encode
 _decode_request = msgspec.msgpack.Decoder(PutRequest | GetRequest).decode
 _decode_reply = msgspec.msgpack.Decoder(GetReply).decode
 
@@ -98,7 +98,7 @@ class StoreServer:
             self._waiting.setdefault(keys[lacking], []).append(asker._replace(begin=lacking))
             return
         values = [self._kept[key][1] for key in keys] if lacking == len(keys) else None
-        self._router.send_multipart([client, _encode(GetReply(request.number, values))])
+        self._router.send_multipart([client, encode(GetReply(request.number, values))])
 
     def _first_lacking(self, keys: list[str], begin: int) -> int:
         return next((at for at in range(begin, len(keys)) if keys[at] not in self._kept), len(keys))
@@ -143,7 +143,7 @@ class EpochStore(dist.Store):
     def set(self, key: str, value: bytes | str) -> None:
         """Keep `value` under `key`; a later one replaces it."""
         with self._lock:
-            self._socket.send(_encode(PutRequest(key, value.encode() if isinstance(value, str) else value)))
+            self._socket.send(encode(PutRequest(key, value.encode() if isinstance(value, str) else value)))
 
     def get(self, key: str) -> bytes:
         """The value of `key`, as soon as it is there.
@@ -180,7 +180,7 @@ class EpochStore(dist.Store):
     def _get(self, keys: list[str], within_s: float) -> list[bytes] | None:
         with self._lock:
             self._number += 1
-            self._socket.send(_encode(GetRequest(self._number, keys, within_s)))
+            self._socket.send(encode(GetRequest(self._number, keys, within_s)))
             within_s = within_s or self._timeout_s
             deadline = time.monotonic() + within_s
             while self._socket.poll(max(0, int((deadline - time.monotonic()) * 1000))):

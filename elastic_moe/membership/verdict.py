@@ -1,6 +1,5 @@
 """Who is left out of a view: a pure function of what all who asked for it say, so that everybody finds the same."""
 
-from collections import Counter
 from collections.abc import Collection, Sequence
 from itertools import combinations
 
@@ -48,14 +47,27 @@ def _cover(disputes: Collection[frozenset[str]], by_name: dict[str, Record]) -> 
         newcomers = sum(by_name[name].newcomer for name in names)
         return -newcomers, sorted(-by_name[name].member.rank for name in names)
 
+    if not disputes:
+        return set()
     involved = sorted({name for dispute in disputes for name in dispute}, key=lambda name: preference([name]))
     if len(involved) <= MAX_EXACT:
         for size in range(len(involved)):
             covers = [set(names) for names in combinations(involved, size) if all(d & set(names) for d in disputes)]
             if covers:
                 return min(covers, key=preference)
+    return _approached(disputes, involved)
+
+
+def _approached(disputes: Collection[frozenset[str]], involved: Sequence[str]) -> set[str]:
+    """Again and again the one with the most disputes left, of several the first of `involved`."""
+    others: dict[str, set[str]] = {name: set() for name in involved}
+    for one, other in disputes:
+        others[one].add(other)
+        others[other].add(one)
     dropped: set[str] = set()
-    while left := [dispute for dispute in disputes if not dispute & dropped]:
-        degree = Counter(name for dispute in left for name in dispute)
-        dropped.add(min(degree, key=lambda name: (-degree[name], preference([name]))))
+    while others[worst := max(involved, key=lambda name: len(others[name]))]:
+        dropped.add(worst)
+        for other in others[worst]:
+            others[other].discard(worst)
+        others[worst] = set()
     return dropped

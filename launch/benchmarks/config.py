@@ -63,7 +63,7 @@ class BenchConfig:
     half_life_steps: int = setting(20, "rebalance: eplb.half_life_steps of the servers")
 
     shape: str = setting("small", f"rebalance on cuda, gpu_*: random model, one of {', '.join(SHAPES)}")
-    rank_list: str = setting("1,2,4", "exchange, gpu_serve: comma list of numbers of ranks")
+    rank_list: str = setting("1,2,4", "exchange, gpu_serve, scale: comma list of numbers of ranks")
     stream_list: str = setting("1,8,32", "gpu_serve: comma list of numbers of streams at once")
     dtype: str = setting("bfloat16", "rebalance, gpu_serve, gpu_recovery: model.dtype of the servers")
     eplb_mode: str = setting("off", "gpu_recovery: eplb.mode of the server")
