@@ -24,6 +24,9 @@ Parcel = tuple[torch.Tensor, int, int]
 """(tensor, group rank of the peer, tag)."""
 TURN_S = 0.05
 """How long a rank may stay in a call after it has left the group, at the most."""
+SPREAD_RANKS, SPREAD_BYTES, SPREAD_TAG = 8, 4096, 2**30
+"""From so many ranks on, and up to so many bytes, a maximum is spread by messages, with this tag: below, and with more
+ranks than cores, gloo's ring is as fast (docs/scaling.md)."""
 BURY_S = 10.0
 """How long an aborted group is held: longer than `TURN_S`, so that no call is left in it when it is destroyed."""
 
@@ -90,6 +93,9 @@ class Group:
         Raises:
             PeerLost: a peer died, left, or missed the deadline.
         """
+        values = np.asarray(values, dtype=np.int64)
+        if self.on_cpu and self.size >= SPREAD_RANKS and values.nbytes <= SPREAD_BYTES:
+            return self._spread_max(values)
         return self._all_reduce(values, dist.ReduceOp.MAX)
 
     def all_reduce_sum_array(self, values: np.ndarray) -> np.ndarray:
@@ -118,6 +124,19 @@ class Group:
             options.reduceOp = op
             self._wait("all_reduce", lambda: self._backend.allreduce([torch.from_numpy(reduced)], options))
         return reduced
+
+    def _spread_max(self, values: np.ndarray) -> np.ndarray:
+        """In log2 R hops, where gloo's ring takes 2 (R - 1): round by round each rank tells what it knows to the one 1,
+        2, 4, ... places on. A maximum may be told twice, so R need not be a power of two."""
+        known, places = values.copy(), 1
+        while places < self.size:
+            heard = np.empty_like(known)
+            self.exchange(
+                [(torch.from_numpy(known), (self.rank + places) % self.size, SPREAD_TAG)],
+                [(torch.from_numpy(heard), (self.rank - places) % self.size, SPREAD_TAG)],
+            )
+            known, places = np.maximum(known, heard), 2 * places
+        return known
 
     def exchange(self, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> None:
         """Send and receive tensors point to point, all at once: (tensor, group rank, tag), contiguous tensors.

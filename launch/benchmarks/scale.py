@@ -2,10 +2,11 @@
 
 `store_*`: the members of a group leave each other their addresses at the store of one, with values as long as gloo's.
 `verdict_ms`: who is left out of a view, when one wire is cut, when one member is out of reach, and when the network is
-cut in two halves. `wake_ms`: one member tells all others that it leaves. Not measured but counted: hops of a handshake
-of gloo (a ring, twice around), descriptors of a member.
+cut in two halves. `wake_ms`: one member tells all others that it leaves. Not measured but counted: hops of a handshake,
+descriptors of a member.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from statistics import median
@@ -14,6 +15,7 @@ from typing import Any
 import zmq
 
 from elastic_moe.group.epoch_store import GetRequest, PutRequest, StoreServer, encode
+from elastic_moe.group.process_group import SPREAD_RANKS
 from elastic_moe.group.view import Member, View
 from elastic_moe.membership.signals import SignalSender, ViewRequest, neighbours
 from elastic_moe.membership.verdict import Record, members_without_disputes
@@ -41,9 +43,14 @@ def run(config: BenchConfig) -> Iterator[dict[str, Any]]:
             **{f"verdict_{kind}_ms": _ms(case, config.repeats) for kind, case in _cases(members).items()},
             "wake_ms": _wake(members, config.repeats),
             "neighbours": len(neighbours(View(1, tuple(members)), 0)),
-            "handshake_hops": 2 * (num_ranks - 1),
+            "handshake_hops": _hops(num_ranks),
             "descriptors": DESCRIPTORS_OF_A_PEER * (num_ranks - 1),
         }
+
+
+def _hops(num_ranks: int) -> int:
+    """Of a maximum: gloo's ring goes twice around, see `Group.all_reduce_max_array`."""
+    return math.ceil(math.log2(num_ranks)) if num_ranks >= SPREAD_RANKS else 2 * (num_ranks - 1)
 
 
 def _ms(act: Callable[[], object], repeats: int) -> float:

@@ -1,18 +1,26 @@
 """A call is believed only when it ended in a live group: backends that finish an aborted one with noise."""
 
+import contextlib
+import math
 import threading
 import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from elastic_moe.errors import PeerLost
 from elastic_moe.exchange.collective import CollectiveExchange
-from elastic_moe.group.backends import Backend
-from elastic_moe.group.process_group import Group
+from elastic_moe.group.backends import Backend, make_gloo
+from elastic_moe.group.epoch_store import EpochStore, StoreServer
+from elastic_moe.group.process_group import SPREAD_BYTES, SPREAD_RANKS, Group
+from elastic_moe.group.view import Member, View
 
 NOISE = -989470700326967182
 """What NCCL left in a buffer of counts on two H100."""
@@ -142,3 +150,51 @@ def test_what_an_exchange_returned_counts_when_it_is_checked():
     group.abort()
     with pytest.raises(PeerLost):
         exchange.check()
+
+
+@contextlib.contextmanager
+def _gloo_groups(size: int) -> Iterator[list[Group]]:
+    """As many ranks, in threads of this process."""
+    server = StoreServer("127.0.0.1")
+    view = View(1, tuple(Member(rank, 0, f"i{rank}", 1, "127.0.0.1", "", "") for rank in range(size)))
+
+    def build(rank: int) -> Group:
+        store = EpochStore(server.address, 10)
+        return Group(
+            make_gloo(dist.PrefixStore("x", store), view, rank, timedelta(seconds=10)), store, "control", 1, 10
+        )
+
+    with ThreadPoolExecutor(size) as pool:
+        groups = list(pool.map(build, range(size)))
+    yield groups
+    for group in groups:
+        group.abort()
+
+
+@pytest.mark.parametrize("size", [SPREAD_RANKS, SPREAD_RANKS + 1, 13])
+def test_a_maximum_of_many_ranks_takes_a_logarithm_of_hops_and_is_the_same_everywhere(size, monkeypatch):
+    messages: list[int] = []
+    post = Group.post
+    monkeypatch.setattr(Group, "post", lambda group, *parcels: (messages.append(group.rank), post(group, *parcels))[1])
+    values = np.random.default_rng(0).integers(-(2**62), 2**62, (3, size, 4))
+    with _gloo_groups(size) as groups, ThreadPoolExecutor(size) as pool:
+        for round_ in values:
+            found = list(pool.map(lambda group, row: group.all_reduce_max(row.tolist()), groups, round_))
+            assert found == [round_.max(0).tolist()] * size
+        assert Counter(messages) == dict.fromkeys(range(size), 3 * math.ceil(math.log2(size)))
+        large = np.arange(SPREAD_BYTES) + np.arange(size)[:, None]
+        found = list(pool.map(lambda group, row: group.all_reduce_max_array(row), groups, large))
+        assert all(np.array_equal(one, large.max(0)) for one in found)
+        assert len(messages) == 3 * size * math.ceil(math.log2(size)), "many bytes go round the ring"
+
+
+def test_who_waits_for_many_ranks_is_freed_by_an_abort():
+    with _gloo_groups(SPREAD_RANKS) as groups, ThreadPoolExecutor(SPREAD_RANKS) as pool:
+        waiting = [pool.submit(group.all_reduce_max, [1]) for group in groups[1:]]
+        for group in groups:
+            _soon(group.abort)
+        begin = time.monotonic()
+        for ended in waiting:
+            with pytest.raises(PeerLost):
+                ended.result(5)
+        assert time.monotonic() - begin < 2
