@@ -10,7 +10,7 @@ class Member(msgspec.Struct, frozen=True):
     """One engine process.
 
     `rank` is its EP rank: the number of a stable seat, never re-dealt, so ranks may have holes.
-    `incarnation` names the process in that seat; a respawned rank has a new one.
+    `incarnation` names the process in that seat, see `incarnation_of`; a respawned rank has a new one.
     """
 
     rank: int
@@ -30,6 +30,12 @@ class Member(msgspec.Struct, frozen=True):
     """URL of the lighthouse that runs beside this member, if one does."""
     settings: str = ""
     """Digest of what all members must have alike."""
+
+
+def incarnation_of(proof: str) -> str:
+    """The name of a process whose `proof` only its supervisor keeps, and says when that process has died: nobody who
+    knows the name can say so."""
+    return hashlib.sha256(proof.encode()).hexdigest()[:16]
 
 
 class View(msgspec.Struct, frozen=True):

@@ -15,7 +15,7 @@ from elastic_moe.deadlines import Deadlines
 from elastic_moe.errors import PeerLost
 from elastic_moe.group.epoch_groups import EpochGroups
 from elastic_moe.group.probe import unreachable
-from elastic_moe.group.view import Member, View
+from elastic_moe.group.view import Member, View, incarnation_of
 from elastic_moe.membership.quorum import Membership
 from elastic_moe.membership.signals import Greeting, JoinRequest, PeerDied, Signals, ViewRequest
 
@@ -75,7 +75,7 @@ class CurrentEpoch:
         nothing is heard any more."""
         self._on(ViewRequest, lambda signal: self._hear_request(signal))
         self._on(Greeting, lambda signal: self._hear_greeting(signal.view))
-        self._on(PeerDied, lambda signal: self._peer_died(signal.rank, signal.incarnation))
+        self._on(PeerDied, lambda signal: self._peer_died(signal.rank, incarnation_of(signal.proof)))
         self._on(JoinRequest, self._let_join)
         self._signals.start(self._me.incarnation, deadlines, self._peer_is_silent, on_error)
         start_thread("greeter", self._greet, on_error=on_error)

@@ -76,6 +76,8 @@ class SeatStart(msgspec.Struct, tag="seat", frozen=True):
     signals_port: int = 0
     """Where to hear the signals of members: the same in all lives of a seat, so that a rank that was lost can still ask
     to join when all whom it knew have died."""
+    incarnation: str = ""
+    """The name of the process; it makes its own if it has no supervisor."""
     rejoin: View | None = None
     """The last view known, for a process that takes the seat of one that died; None at the first start."""
 

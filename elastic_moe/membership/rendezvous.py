@@ -6,8 +6,8 @@ And whether they were started alike: ranks that differ in what they hold or how 
 import hashlib
 import logging
 import os
+import secrets
 import time
-import uuid
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -47,7 +47,7 @@ class Seat:
         self.member = Member(
             rank=launch.rank,
             node=launch.node,
-            incarnation=uuid.uuid4().hex[:12],
+            incarnation=start.incarnation or secrets.token_hex(8),
             pid=os.getpid(),
             host=host,
             signals=self.signals.address,

@@ -31,10 +31,10 @@ LINGER_MS = 500
 
 
 class PeerDied(msgspec.Struct, tag="peer_died", frozen=True):
-    """Supervisor -> all members: this process has died."""
+    """Supervisor -> all members: the process with this proof has died; see `group.view.incarnation_of`."""
 
     rank: int
-    incarnation: str
+    proof: str
 
 
 class ViewRequest(msgspec.Struct, tag="view_request", frozen=True):

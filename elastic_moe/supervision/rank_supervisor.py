@@ -1,11 +1,12 @@
 """The supervisor of one rank: it keeps a process in the seat, tells the others when that dies, and starts it again."""
 
+import secrets
 import sys
 import time
 from collections.abc import Callable
 
 from elastic_moe.deadlines import Deadlines
-from elastic_moe.group.view import View
+from elastic_moe.group.view import View, incarnation_of
 from elastic_moe.membership.launch import Launch, SeatStart, host_of
 from elastic_moe.membership.signals import PeerDied, SignalSender
 from elastic_moe.supervision.busy import busy_ns
@@ -42,6 +43,8 @@ class RankSupervisor:
         host = host_of(launch)
         self._signals_port = lasting_port(host)
         self._lighthouse = f"http://{host}:{lasting_port(host)}" if keeps_lighthouse else ""
+        self._proof = ""
+        """Of the present process, for its death."""
         self._view: View | None = None
         self._refused = ""
         self._joined_at: float | None = None
@@ -188,9 +191,9 @@ class RankSupervisor:
     def _announce_death(self) -> None:
         """Tell all members, in milliseconds, that this rank's process died."""
         members = self._view.members if self._view else ()
-        for mine in [m for m in members if m.rank == self._launch.rank]:
-            others = [m.signals for m in members if m is not mine]
-            self._sender.tell(others, PeerDied(mine.rank, mine.incarnation))
+        others = [m.signals for m in members if m.rank != self._launch.rank]
+        if len(others) < len(members):
+            self._sender.tell(others, PeerDied(self._launch.rank, self._proof))
 
     def _watch(self, now: float) -> None:
         """Kill a process that is alive but gets nowhere."""
@@ -205,7 +208,9 @@ class RankSupervisor:
     def _start_process(self) -> None:
         self._respawn_at, self._joined_at, self._has_process = None, None, True
         self._hang_watch.begin(time.monotonic())
-        self.start_process(SeatStart(self._launch, self._lighthouse, self._signals_port, self._view))
+        self._proof = secrets.token_hex(16)
+        name = incarnation_of(self._proof)
+        self.start_process(SeatStart(self._launch, self._lighthouse, self._signals_port, name, self._view))
 
     def _start_lighthouse(self) -> Child:
         wait_ms, beat_ms = self._deadlines.lighthouse_wait_s * 1000, self._deadlines.heartbeat_timeout_s * 1000

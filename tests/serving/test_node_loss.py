@@ -27,7 +27,9 @@ async def stream(url: str, prompt: str, tokens: int, begun: asyncio.Event) -> st
     return text
 
 
-@pytest.mark.parametrize("lost", [0, 1], ids=["the first node", "the second node"])
+@pytest.mark.parametrize(
+    "lost", [0, pytest.param(1, marks=pytest.mark.slow)], ids=["the first node", "the second node"]
+)
 def test_the_other_node_serves_on(reference: Reference, lost: int):
     """Node 0 has the first rank, the lighthouse in use, torchrun's store and one of the two front ends."""
     wanted = reference.continuations(STREAMS)

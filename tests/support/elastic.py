@@ -21,7 +21,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from elastic_moe.config import EplbConfig
 from elastic_moe.deadlines import Deadlines
-from elastic_moe.group.view import View
+from elastic_moe.group.view import View, incarnation_of
 from elastic_moe.integrations.transformers import elasticize, meta_model
 from elastic_moe.membership.launch import SeatStart
 from elastic_moe.membership.signals import PeerDied, SignalSender
@@ -112,6 +112,7 @@ class _Seats:
         self._deadly = [death for death in deaths if death.point not in LIES]
         self._due: dict[int, float] = {}
         self._lives = [0] * WORLD
+        self._proofs = [""] * WORLD
         self._ports = [lasting_port("127.0.0.1") for _ in range(WORLD)]
         self._sender = SignalSender()
         for rank in range(WORLD):
@@ -143,7 +144,8 @@ class _Seats:
 
     def _start(self, rank: int, rejoin: View | None) -> None:
         lighthouse = self._lighthouse if rank == 0 else ""
-        start = SeatStart(self._ranks.launch(rank), lighthouse, self._ports[rank], rejoin)
+        self._proofs[rank] = proof = f"life {self._lives[rank]} of rank {rank}"
+        start = SeatStart(self._ranks.launch(rank), lighthouse, self._ports[rank], incarnation_of(proof), rejoin)
         self._ranks.start(rank, self._work, msgspec.json.encode(start), self._lives[rank], *self._args)
 
     def _views(self) -> list[View]:
@@ -152,11 +154,8 @@ class _Seats:
         return sorted(views, key=lambda view: view.epoch)
 
     def _announce(self, rank: int) -> None:
-        views = self._views()
-        for known in views:  # a process that died before it told its view is in somebody's
-            for dead in [m for m in known.members if m.rank == rank]:
-                others = [m.signals for m in views[-1].members if m.rank != rank]
-                self._sender.tell(others, PeerDied(dead.rank, dead.incarnation))
+        members = self._views()[-1].members
+        self._sender.tell([m.signals for m in members if m.rank != rank], PeerDied(rank, self._proofs[rank]))
 
 
 def result_path(folder: Path, rank: int, step: int) -> Path:

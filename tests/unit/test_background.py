@@ -16,12 +16,12 @@ from elastic_moe.background import Latch, start_thread
 from elastic_moe.deadlines import Deadlines
 from elastic_moe.errors import PeerLost
 from elastic_moe.group.epoch_groups import EpochGroups
-from elastic_moe.group.view import Member, View
+from elastic_moe.group.view import Member, View, incarnation_of
 from elastic_moe.membership import lighthouses
 from elastic_moe.membership.current_epoch import CurrentEpoch
 from elastic_moe.membership.lighthouses import Lighthouses
 from elastic_moe.membership.quorum import Membership
-from elastic_moe.membership.signals import Signals, SignalSender, ViewRequest
+from elastic_moe.membership.signals import PeerDied, Signals, SignalSender, ViewRequest
 from elastic_moe.serving.engine.mailbox import Mailbox
 from elastic_moe.serving.protocol import Hello, encode
 from elastic_moe.supervision.channel import Beat, channel_pair
@@ -210,6 +210,27 @@ def test_a_lost_neighbour_wakes_who_sleeps(errors):
     assert woken.get(timeout=WAIT_S) is True
     assert (membership.asked, groups.aborted) == ([4], True)
     assert told.get(timeout=WAIT_S) == ViewRequest(4, view.digest)
+    assert errors.empty()
+    for signals in peers:
+        signals.close()
+
+
+def test_only_the_proof_of_a_death_is_believed(errors):
+    """A member knows the name of every other, and says in vain that it has died."""
+    peers = [Signals("127.0.0.1") for _ in range(3)]
+    names = [f"i{rank}" for rank in range(2)] + [incarnation_of("proof")]
+    members = [Member(rank, 0, names[rank], 1, "127.0.0.1", s.address, "") for rank, s in enumerate(peers)]
+    view, membership, groups = View(4, tuple(members)), FakeMembership(), FakeGroups()
+    heard: queue.SimpleQueue[None] = queue.SimpleQueue()
+    epoch = CurrentEpoch(members[0], view, peers[0], membership, lambda: heard.put(None))  # pyright: ignore[reportArgumentType]
+    epoch.listen(Deadlines(progress_s=60), errors.put)
+    epoch.enter(view, groups)  # pyright: ignore[reportArgumentType]
+    peers[1].tell(members[:1], PeerDied(2, names[2]))
+    heard.get(timeout=WAIT_S)
+    assert (membership.asked, groups.aborted) == ([], False)
+    peers[1].tell(members[:1], PeerDied(2, "proof"))
+    heard.get(timeout=WAIT_S)
+    assert (membership.asked, groups.aborted) == ([4], True)
     assert errors.empty()
     for signals in peers:
         signals.close()

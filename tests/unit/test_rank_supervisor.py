@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from elastic_moe.deadlines import Deadlines
-from elastic_moe.group.view import Member, View
+from elastic_moe.group.view import Member, View, incarnation_of
 from elastic_moe.membership.launch import Launch, SeatStart
 from elastic_moe.membership.signals import PeerDied
 from elastic_moe.supervise import ScriptSupervisor
@@ -161,7 +161,10 @@ def test_a_process_that_dies_is_announced_to_all_others_and_started_again_with_t
     assert at.sender.connected == ["signals 0", "signals 2"]
     assert at.rank.views == [VIEW]
     at.turn(DYING)
-    assert at.sender.told == [(["signals 0", "signals 2"], PeerDied(1, "i1"))]
+    ((told, died),) = at.sender.told
+    assert told == ["signals 0", "signals 2"]
+    assert isinstance(died, PeerDied)
+    assert (died.rank, incarnation_of(died.proof)) == (1, at.rank.starts[0].incarnation)
     assert at.turn(exited(-9)) is None
     assert capsys.readouterr().err == "elastic_moe: rank 1: the process died with code -9; respawn in 2 s\n"
     assert at.turn(after_s=RESPAWN_S - 0.01) is None
@@ -170,6 +173,7 @@ def test_a_process_that_dies_is_announced_to_all_others_and_started_again_with_t
     assert at.num_starts == 2
     assert at.rank.starts[0].rejoin is None
     assert at.rank.starts[1].rejoin == VIEW
+    assert at.rank.starts[0].incarnation != at.rank.starts[1].incarnation
     assert at.rank.starts[0].signals_port == at.rank.starts[1].signals_port > 0
     at.turn(after_s=100)
     assert at.num_starts == 2
@@ -330,7 +334,9 @@ def test_one_that_has_worked_is_tried_for_ever(bench):
 def test_without_one_there_is_no_lighthouse(bench):
     at = bench()
     assert [child.name for child in at.fake.started] == [SEAT]
-    assert at.rank.starts[0] == SeatStart(Launch(1, 3), "", at.rank.starts[0].signals_port, None)
+    assert at.rank.starts[0] == SeatStart(
+        Launch(1, 3), "", at.rank.starts[0].signals_port, at.rank.starts[0].incarnation
+    )
 
 
 def test_a_signal_ends_the_run_and_all_children(bench):
@@ -363,7 +369,11 @@ def script(bench) -> Bench:
 def test_a_script_is_started_unchanged_and_told_its_place(script):
     assert script.process.command == ["python", "script.py"]
     assert script.process.fd_variable == "ELASTIC_MOE_SUPERVISOR_FD"
-    assert script.process.sent == [SeatStart(Launch(1, 3, local_rank=1), "", script.process.sent[0].signals_port)]
+    assert script.process.sent == [
+        SeatStart(
+            Launch(1, 3, local_rank=1), "", script.process.sent[0].signals_port, script.process.sent[0].incarnation
+        )
+    ]
 
 
 @pytest.mark.parametrize(("events", "code"), [
