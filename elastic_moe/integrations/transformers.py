@@ -18,7 +18,7 @@ from elastic_moe.placement.placement import EMPTY
 from elastic_moe.runtime import ElasticRuntime
 from elastic_moe.weights.checkpoint import CheckpointReader
 from elastic_moe.weights.conversion import target_dtypes
-from elastic_moe.weights.disk import Disk
+from elastic_moe.weights.disk import READERS, Disk
 from elastic_moe.weights.manifest import DigestFile
 from elastic_moe.weights.materialize import materialize, set_tensor
 from elastic_moe.weights.memory import InMemory
@@ -161,7 +161,8 @@ def _load(
         set_tensor(model, name, tensor)
         tell()
     store = ExpertStore(_swap(model, runtime, experts))
-    disk = Disk(lambda layer, expert, out: reader.read_expert(names[layer], expert, out))
+    num_readers = READERS[runtime.device.type]
+    disk = Disk(lambda layer, expert, out: reader.read_expert(names[layer], expert, out), num_readers)
     pool.loaded.on_progress = tell
     try:
         fill(store.wants(goal), store, [disk, *([peers] if peers else [])], pool.loaded)

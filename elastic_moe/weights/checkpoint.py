@@ -10,6 +10,8 @@ import torch
 from elastic_moe.errors import CheckpointError
 from elastic_moe.experts.layout import ExpertLayout
 from elastic_moe.weights.conversion import Conversion, target_dtypes
+from elastic_moe.weights.copies import Copy, find_copies
+from elastic_moe.weights.lanes import Lane
 from elastic_moe.weights.plan import Access, Step, make_plan
 from elastic_moe.weights.shards import Shards
 
@@ -20,8 +22,9 @@ if TYPE_CHECKING:
 class CheckpointReader:
     """Every tensor of a checkpoint, converted as `from_pretrained` does, the experts one by one.
 
-    A context manager; for one thread at a time. The peak of memory is one expert (or one dense tensor) above what the
-    caller keeps, as it is in the file. The exception is a conversion that mixes experts: then the whole
+    A context manager; experts may be read by several threads at once. An expert whose tensors are only put beside each
+    other (see `copies`) is read right into its place, by way of two slices of pinned memory if that is on a GPU; any
+    other takes memory of its own size in each thread. The exception is a conversion that mixes experts: then the whole
     layer is read for each of them, as `bytes_per_expert` tells.
 
     Args:
@@ -53,6 +56,10 @@ class CheckpointReader:
         except BaseException:
             self._shards.close()
             raise
+        self._lane = Lane()
+        self._known: dict[object, tuple[Copy, ...] | None] = {}
+        """Copies of conversions that were tried: those of all layers are alike."""
+        self._copies = {module: [*map(self._find_copies, self._steps(module))] for module in self._layouts}
         self.unexpected = self._plan.unexpected
         self.missing = self._plan.missing
 
@@ -67,7 +74,7 @@ class CheckpointReader:
         self._shards.close()
 
     def on_slice(self, act: Callable[[], None]) -> None:
-        """Have `act` called with every slice of a file that is read."""
+        """Have `act` called with every slice of a file that is read, in the thread that reads."""
         self._shards.on_slice = act
 
     @property
@@ -89,7 +96,7 @@ class CheckpointReader:
         return tuple(name for step in self._plan.dense for name in step.made)
 
     def read_expert(self, module: str, expert: int, out: Sequence[torch.Tensor]) -> int:
-        """Read one logical expert into `out`, casting where needed.
+        """Read one logical expert into `out`, casting where needed. From any thread.
 
         Args:
             module: a key of `experts`.
@@ -103,19 +110,26 @@ class CheckpointReader:
             CheckpointError: the file cannot be read.
             ValueError: an argument does not fit the layout.
         """
-        steps, layout, before = self._steps(module), self._layouts[module], self.bytes_read
+        steps, layout = self._steps(module), self._layouts[module]
         if not 0 <= expert < layout.num_experts:
             raise ValueError(f"expert {expert} of {module} is not in 0..{layout.num_experts - 1}")
         shapes = tuple(tuple(tensor.shape) for tensor in out)
         if shapes != layout.shapes:
             raise ValueError(f"out has shapes {shapes}, but an expert of {module} has {layout.shapes}")
         place = {f"{module}.{name}": tensor.detach() for name, tensor in zip(layout.names, out, strict=True)}
-        for step in steps:
+        for step, copies in zip(steps, self._copies[module], strict=True):
+            if copies is not None:
+                parts = step.parts(expert)
+                for copy in copies:
+                    if (into := place.get(step.made[copy.target])) is not None:
+                        self._lane.read(self._shards, *parts[copy.pattern][copy.position], into[copy.region])
+                continue
             whole = step.access is Access.WHOLE
             made = self._make(step, expert, self._conversion.targets if whole else self._plan.single)
             for name in made.keys() & place.keys():
                 place[name].copy_(made[name][expert if whole else 0])
-        return self.bytes_read - before
+        self._lane.wait()
+        return self.bytes_per_expert(module)
 
     def read_dense(
         self, device: torch.device | str = "cpu", but: Collection[str] = ()
@@ -146,6 +160,24 @@ class CheckpointReader:
         if module not in self._layouts:
             raise ValueError(f"{module!r} is not an experts module of this reader: {', '.join(self._layouts)}")
         return self._plan.experts[module]
+
+    def _find_copies(self, step: Step) -> tuple[Copy, ...] | None:
+        if step.access is Access.WHOLE:
+            return None
+        parts = step.parts(0)
+        shapes = {
+            pattern: [
+                self._shards.shape(name) if index is None else (1, *self._shards.shape(name)[1:])
+                for name, index in group
+            ]
+            for pattern, group in parts.items()
+        }
+        key = id(step.recipe.converter), repr(shapes)
+        if key not in self._known:
+            self._known[key] = find_copies(
+                shapes, lambda tensors: self._conversion.run(step.recipe, tensors, self._plan.single)
+            )
+        return self._known[key]
 
     def _make(self, step: Step, expert: int | None, targets: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         tensors = {p: [self._shards.read(*part) for part in group] for p, group in step.parts(expert).items()}

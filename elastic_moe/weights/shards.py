@@ -6,6 +6,7 @@ Not by a mapping: a file that is cut, or a disk that fails, would kill whoever t
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from math import prod
@@ -17,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from elastic_moe.errors import CheckpointError
 
-SLICE_BYTES = 1 << 24
+SLICE_BYTES = 1 << 23
 """Read at once; between slices there is progress."""
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
@@ -48,8 +49,9 @@ class Shards:
 
     def __init__(self, folder: Path) -> None:
         self.bytes_read = 0
+        self._lock = threading.Lock()
         self.on_slice: Callable[[], None] = lambda: None
-        """Called with every slice that was read."""
+        """Called with every slice that was read, in the thread that reads."""
         self._tensors: dict[str, _Tensor] = {}
         headers = hashlib.sha256()
         with ExitStack() as files:
@@ -102,15 +104,24 @@ class Shards:
         Raises:
             CheckpointError: the file cannot be read, or ends too early.
         """
-        tensor, dtype, size = self._tensors[name], self._dtype(name), self.num_bytes(name, index)
-        data = torch.empty(size, dtype=torch.uint8)
-        buffer, begin = data.numpy().data, tensor.begin + (index or 0) * size
-        for done in range(0, size, SLICE_BYTES):
-            self._fill(buffer[done : done + SLICE_BYTES], begin + done, name)
-            self.on_slice()
-        self.bytes_read += size
+        tensor, dtype = self._tensors[name], self._dtype(name)
+        data = torch.empty(self.num_bytes(name, index), dtype=torch.uint8)
+        self.fill(name, index, 0, data.numpy().data)
         shape = tensor.shape if index is None else (1, *tensor.shape[1:])
         return data.view(dtype).reshape(shape)
+
+    def fill(self, name: str, index: int | None, begin: int, out: memoryview) -> None:
+        """Fill `out` with the bytes of what `read(name, index)` reads, from byte `begin` on. From any thread.
+
+        Raises:
+            CheckpointError: the file cannot be read, or ends too early.
+        """
+        place = self._tensors[name].begin + (index or 0) * self.num_bytes(name, index) + begin
+        for done in range(0, len(out), SLICE_BYTES):
+            self._fill(out[done : done + SLICE_BYTES], place + done, name)
+            self.on_slice()
+        with self._lock:
+            self.bytes_read += len(out)
 
     def close(self) -> None:
         """Close the files. Tensors already read stay valid."""

@@ -162,8 +162,7 @@ def test_a_process_that_dies_is_announced_to_all_others_and_started_again_with_t
     assert at.rank.views == [VIEW]
     at.turn(DYING)
     ((told, died),) = at.sender.told
-    assert told == ["signals 0", "signals 2"]
-    assert isinstance(died, PeerDied)
+    assert (told, type(died)) == (["signals 0", "signals 2"], PeerDied)
     assert (died.rank, incarnation_of(died.proof)) == (1, at.rank.starts[0].incarnation)
     assert at.turn(exited(-9)) is None
     assert capsys.readouterr().err == "elastic_moe: rank 1: the process died with code -9; respawn in 2 s\n"
@@ -334,9 +333,7 @@ def test_one_that_has_worked_is_tried_for_ever(bench):
 def test_without_one_there_is_no_lighthouse(bench):
     at = bench()
     assert [child.name for child in at.fake.started] == [SEAT]
-    assert at.rank.starts[0] == SeatStart(
-        Launch(1, 3), "", at.rank.starts[0].signals_port, at.rank.starts[0].incarnation
-    )
+    assert [(start.lighthouse, start.rejoin) for start in at.rank.starts] == [("", None)]
 
 
 def test_a_signal_ends_the_run_and_all_children(bench):
@@ -369,11 +366,8 @@ def script(bench) -> Bench:
 def test_a_script_is_started_unchanged_and_told_its_place(script):
     assert script.process.command == ["python", "script.py"]
     assert script.process.fd_variable == "ELASTIC_MOE_SUPERVISOR_FD"
-    assert script.process.sent == [
-        SeatStart(
-            Launch(1, 3, local_rank=1), "", script.process.sent[0].signals_port, script.process.sent[0].incarnation
-        )
-    ]
+    (start,) = script.process.sent
+    assert (start.launch, start.lighthouse, start.rejoin) == (Launch(1, 3, local_rank=1), "", None)
 
 
 @pytest.mark.parametrize(("events", "code"), [
