@@ -48,7 +48,7 @@ class BenchConfig:
     traces: str = setting("", 'balance: folder of {"logical_count": [L][E]} JSON files; empty: seeded Zipf-like loads')
     sizes: str = setting("58x256x288x32", "balance: comma list of LAYERSxEXPERTSxSLOTSxRANKS")
     ranks_per_node: int = setting(8, "balance: ranks in a fault domain")
-    device: str = setting("cpu", f"rebalance: one of {', '.join(DEVICES)} (cuda: ranks may share a GPU)")
+    device: str = setting("cpu", f"rebalance, sources: one of {', '.join(DEVICES)} (cuda: ranks may share a GPU)")
     model: str = setting(
         "demo", f"rebalance, gpu_recovery: one of {', '.join(MODELS)} (random: on cuda of bench.shape)"
     )
@@ -62,7 +62,7 @@ class BenchConfig:
     threshold: float = setting(1.05, "rebalance: eplb.threshold of the servers")
     half_life_steps: int = setting(20, "rebalance: eplb.half_life_steps of the servers")
 
-    shape: str = setting("small", f"rebalance on cuda, gpu_*: random model, one of {', '.join(SHAPES)}")
+    shape: str = setting("small", f"rebalance on cuda, gpu_*, sources: random model, one of {', '.join(SHAPES)}")
     rank_list: str = setting("1,2,4", "exchange, gpu_serve, scale: comma list of numbers of ranks")
     stream_list: str = setting("1,8,32", "gpu_serve: comma list of numbers of streams at once")
     dtype: str = setting("bfloat16", "rebalance, gpu_serve, gpu_recovery: model.dtype of the servers")

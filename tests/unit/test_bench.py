@@ -96,6 +96,7 @@ OF_OTHERS = {
     "layer": ("repeats=3", "shape=small"),
     "rebalance": ("rank_list=1", "eplb_mode=sync"),
     "scale": ("ranks=2", "plot=a.png"),
+    "sources": ("ranks=2", "plot=a.png"),
 }
 """Keys that a benchmark does not obey."""
 
