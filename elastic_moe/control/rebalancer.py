@@ -79,6 +79,8 @@ class Rebalancer:
         """There is a request, or an epoch is over."""
         self._ops: list[str] = []
         self._session: _Session | None = None
+        self._thread: threading.Thread | None = None
+        """Of the newest session."""
         self.reports: queue.SimpleQueue[RebalanceReport] = queue.SimpleQueue()
         """Of the rounds that have ended; for the step loop."""
 
@@ -88,7 +90,8 @@ class Rebalancer:
         """Balance in this epoch from now on; `changed`: the members are others than before, so a round is due soon."""
         self.end_epoch()
         if self.config.mode != "off" and disk is not None:
-            self._session = _Session(self, view, groups, store, disk, changed=changed)
+            session = self._session = _Session(self, view, groups, store, disk, changed=changed)
+            self._thread = start_thread("rebalance", session.run, self._thread, on_error=self.on_error)
 
     def end_epoch(self) -> None:
         """What is under way is dropped; what was committed stays."""
@@ -176,9 +179,11 @@ class _Session:
         self._disk = disk
         self._changed = changed
         self._last_said: np.ndarray | None = None
-        start_thread("rebalance", self._run, on_error=owner.on_error)
 
-    def _run(self) -> None:
+    def run(self, before: threading.Thread | None) -> None:
+        """Until the epoch is over. `before` is the thread of an earlier one: what it has under way ends first."""
+        if before is not None:
+            before.join()
         try:
             self._serve()
         except PeerLost as error:

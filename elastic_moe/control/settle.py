@@ -17,8 +17,10 @@ from elastic_moe.weights.disk import Disk, OtherDisks
 from elastic_moe.weights.manifest import DigestFile
 from elastic_moe.weights.sources import Account, fill
 from elastic_moe.weights.store import UNKNOWN, ExpertStore
-from elastic_moe.weights.truth import agree
+from elastic_moe.weights.truth import Truth, agree
 
+NAMED = 4
+"""Of the things that are wrong on a node; the others are counted."""
 log = logging.getLogger(__name__)
 
 
@@ -87,9 +89,8 @@ def settle(
         earlier = np.full_like(things.held, UNKNOWN)
     nodes = [member.node for member in view.members]
     truth = agree(group, things.held, things.on_disk, nodes, earlier, things.name)
-    for thing, ranks in truth.wrong.items():
-        bad = sorted({(nodes[rank], view.members[rank].host) for rank in ranks})
-        log.error("%s is wrong in the checkpoint of node(s) %s; the right bytes are taken", things.name(thing), bad)
+    _tell_wrong(truth, view, things)
+    for thing in truth.wrong:
         if name := things.dense_name(thing):
             _spread(group, dense[name], is_right=bool(things.held[thing] == truth.digests[thing]))
     store.trust(truth.digests[: things.num_experts].reshape(store.digests.shape))
@@ -98,6 +99,17 @@ def settle(
     fill(store.wants(goal), store, sources, account, any_lacks=Vote(group, account))
     if kept and nodes.index(nodes[group.rank]) == group.rank and not np.array_equal(earlier, truth.digests):
         kept.save(truth.digests.tolist())
+
+
+def _tell_wrong(truth: Truth, view: View, things: _Things) -> None:
+    """One line for each node, however much is wrong there."""
+    bad: dict[tuple[int, str], list[str]] = {}
+    for thing, ranks in truth.wrong.items():
+        for place in {(view.members[rank].node, view.members[rank].host) for rank in ranks}:
+            bad.setdefault(place, []).append(things.name(thing))
+    for (node, host), names in sorted(bad.items()):
+        shown = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+        log.error("wrong in the checkpoint of node %d (%s): %s; the right bytes are taken", node, host, shown)
 
 
 def _spread(group: Group, tensor: torch.Tensor, *, is_right: bool) -> None:

@@ -7,9 +7,9 @@ their own (on a GPU: pinned ones, and copy them to it), and do nothing else. It 
 import os
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -112,10 +112,7 @@ def _limit(files: list[Path], device: torch.device, num_threads: int, repeats: i
             os.close(file)
 
     def read_all() -> None:
-        threads = [threading.Thread(target=read, args=(number,)) for number in range(num_threads)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(num_threads) as pool:
+            list(pool.map(read, range(num_threads)))
 
     return sum(sizes.values()) / _median_s(read_all, repeats) / 1e9

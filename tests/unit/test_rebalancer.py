@@ -4,6 +4,7 @@ import threading
 import time
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -57,6 +58,9 @@ class Harness:
             Deadlines(),
             wake=lambda: None, committed=lambda _: None, on_error=self.errors.append,
         )  # fmt: skip
+        self.begin_epoch()
+
+    def begin_epoch(self):
         groups: Any = SimpleNamespace(open=lambda name, timeout_s: Alone())
         store: Any = SimpleNamespace(expert_bytes=8)
         self.balancer.begin_epoch(VIEW, groups, store, Disk(lambda *_: 0), changed=False)
@@ -107,6 +111,30 @@ def test_what_is_asked_when_the_epoch_is_over_waits_for_the_next():
     thread.join(WAIT_S)
     assert not thread.is_alive()
     assert harness.balancer.take_ops() == ["late"]
+
+
+def test_an_epoch_begins_when_what_the_last_one_had_under_way_is_over():
+    harness = Harness("async", interval_s=1000.0)
+    entered, go_on = threading.Event(), threading.Event()
+
+    class Slow(GroupStaging):
+        def enter(self, view):
+            entered.set()
+            assert go_on.wait(WAIT_S)
+
+    harness.balancer.end_epoch()
+    harness.balancer.staging = Slow()
+    harness.begin_epoch()
+    assert entered.wait(WAIT_S)
+    harness.balancer.staging = again = Mock()
+    harness.begin_epoch()
+    time.sleep(0.05)
+    assert not again.enter.called
+    go_on.set()
+    harness.balancer.request("op")
+    assert harness.report(steps=True).ops == ("op",)
+    assert again.enter.called
+    harness.balancer.end_epoch()
 
 
 def test_off_refuses():

@@ -151,8 +151,8 @@ def test_a_start_keeps_its_digests_and_a_later_one_mends_what_went_bad(folders, 
         caplog.clear()
         found = start(folders, {node: (1, 2)}, bad_dense=[other])
         assert all(is_right(one, rank) for rank, one in enumerate(found))
-        assert f"layer 1 expert 2 is wrong in the checkpoint of node(s) [({node}, 'host{node}')]" in caplog.text
-        assert f"b is wrong in the checkpoint of node(s) [({other}, 'host{other}')]" in caplog.text
+        assert f"wrong in the checkpoint of node {node} (host{node}): layer 1 expert 2; the right bytes" in caplog.text
+        assert f"wrong in the checkpoint of node {other} (host{other}): b; the right bytes" in caplog.text
 
 
 def test_without_an_earlier_start_two_nodes_that_differ_do_not_serve(folders):
