@@ -9,12 +9,12 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from elastic_moe.background import start_worker
 from elastic_moe.experts.layout import ExpertLayout
 from elastic_moe.experts.slots import SlotExperts
 from elastic_moe.integrations.transformers import find_experts, meta_model
@@ -93,6 +93,8 @@ def _limit(files: list[Path], device: torch.device, num_threads: int, repeats: i
         for _ in range(num_threads)
     ]
 
+    workers = [start_worker("limit") for _ in lanes]
+
     def read(number: int) -> None:
         stream, buffers, target = lanes[number]
         sent = [torch.cuda.Event() for _ in buffers] if cuda else []
@@ -112,7 +114,7 @@ def _limit(files: list[Path], device: torch.device, num_threads: int, repeats: i
             os.close(file)
 
     def read_all() -> None:
-        with ThreadPoolExecutor(num_threads) as pool:
-            list(pool.map(read, range(num_threads)))
+        for running in [worker.submit(read, number) for number, worker in enumerate(workers)]:
+            running.result()
 
     return sum(sizes.values()) / _median_s(read_all, repeats) / 1e9
