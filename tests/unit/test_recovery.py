@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.sources import EXPERTS, LAYERS, NUM_BYTES, Faulty, make_store, tensors_of
 from support.wires import WireGroup, Wires
-from test_sources import EXPERTS, LAYERS, NUM_BYTES, Faulty, make_store, tensors_of
 
 from elastic_moe.control import recovery as recovery_module
 from elastic_moe.control.recovery import Recovery

@@ -1,24 +1,35 @@
-"""What every source of weights has to do, as one table: each case runs for each source. And the chain over them.
-
-The oracle: an expert's tensors are a formula of (layer, expert), so a byte in the wrong place shows.
-"""
+"""What every source of weights has to do, as one table: each case runs for each source. And the chain over them."""
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from support.sources import (
+    EXPERTS,
+    LAYERS,
+    NUM_BYTES,
+    SLOTS,
+    WANTS,
+    Fallback,
+    Faulty,
+    Ran,
+    make_store,
+    run,
+    tensors_of,
+    write,
+)
 from support.wires import WireGroup, Wires
 
 from elastic_moe.control.vote import Vote
 from elastic_moe.deadlines import Deadlines
-from elastic_moe.errors import CheckpointError, DigestMismatch, PeerLost, TransferFailed
+from elastic_moe.errors import DigestMismatch, PeerLost, TransferFailed
 from elastic_moe.group.view import Member, View
 from elastic_moe.placement.placement import EMPTY, Placement
 from elastic_moe.placement.topology import Topology
@@ -30,113 +41,9 @@ from elastic_moe.weights.digest import digest
 from elastic_moe.weights.disk import Disk, OtherDisks
 from elastic_moe.weights.memory import InMemory
 from elastic_moe.weights.peers import Peers, WeightServer
-from elastic_moe.weights.sources import Account, Came, Missed, Origin, Source, Until, Want, fill
+from elastic_moe.weights.sources import Account, Came, Missed, Origin, Until, Want, fill
 from elastic_moe.weights.staged import Replicas, Staged
 from elastic_moe.weights.store import ExpertStore
-
-LAYERS, EXPERTS, SLOTS = 2, 4, 2
-NUM_BYTES = 6 * 4 + 3 * 2
-WANTS = [Want(0, 2, 0), Want(0, 3, 1), Want(1, 2, 0), Want(1, 3, 1)]
-"""All of rank 1 of 2, placed in order."""
-
-
-def tensors_of(layer: int, expert: int) -> list[torch.Tensor]:
-    number = 10.0 * layer + expert
-    return [torch.arange(6.0) + number, torch.arange(3).bfloat16() - number]
-
-
-class Layer:
-    """What a store needs of SlotExperts."""
-
-    layout = SimpleNamespace(num_experts=EXPERTS, num_bytes=NUM_BYTES)
-    num_slots = SLOTS
-
-    def __init__(self) -> None:
-        self.first = torch.full((SLOTS, 6), -1.0)
-        self.second = torch.full((SLOTS, 3), -1.0).bfloat16()
-
-    def slot_tensors(self, slot: int) -> list[torch.Tensor]:
-        return [self.first[slot], self.second[slot]]
-
-    def resize(self, num_slots: int) -> None:
-        self.first, self.second = (
-            torch.cat([old, old.new_zeros(max(0, num_slots - len(old)), old.shape[1])])[:num_slots]
-            for old in (self.first, self.second)
-        )
-
-
-def make_store(held: Sequence[int] = (), *, knows_digests: bool = True) -> ExpertStore:
-    """With the experts `held` in its slots, in every layer."""
-    layers: Any = [Layer() for _ in range(LAYERS)]
-    store = ExpertStore(layers, np.tile(np.array(held or [EMPTY] * SLOTS), (LAYERS, 1)))
-    for layer, slot in np.argwhere(store.held != EMPTY).tolist():
-        for target, source in zip(store.tensors(layer, slot), tensors_of(layer, int(held[slot])), strict=True):
-            target.copy_(source)
-    if knows_digests:
-        store.digests = np.array([[digest(tensors_of(layer, e)) for e in range(EXPERTS)] for layer in range(LAYERS)])
-    return store
-
-
-def write(layer: int, expert: int, out: Sequence[torch.Tensor]) -> int:
-    for target, source in zip(out, tensors_of(layer, expert), strict=True):
-        target.copy_(source)
-    return NUM_BYTES
-
-
-class Fallback(Source):
-    """The end of every chain here: it has everything right, and remembers what it was asked for."""
-
-    nearest = Origin.OTHER_DISK
-
-    def __init__(self) -> None:
-        self.asked_for: list[Want] = []
-
-    def fetch(self, wants, landing, until):
-        for want in wants:
-            self.asked_for.append(want)
-            write(want.layer, want.expert, landing.open(want))
-            yield Came(want, Origin.OTHER_DISK)
-
-
-class Faulty:
-    """`read` of a disk with a fault at the second expert."""
-
-    def __init__(self, fault: str) -> None:
-        self.fault = fault
-        self.reads = 0
-
-    def __call__(self, layer: int, expert: int, out: Sequence[torch.Tensor]) -> int:
-        self.reads += 1
-        second = (layer, expert) == WANTS[1][:2]
-        if self.fault == "some" and second:
-            raise CheckpointError("there is no such expert")
-        if self.fault == "dies" and self.reads > 1:
-            raise OSError("the disk is broken")
-        if self.fault == "wrong size" and second:
-            raise CheckpointError("it has another shape")
-        if self.fault == "late":
-            time.sleep(0.05)
-        write(layer, expert, out)
-        if self.fault == "corrupt" and second:
-            out[0][2] += 1
-        return NUM_BYTES
-
-
-class Ran(NamedTuple):
-    """What a `fill` from [the source, the fallback] has led to."""
-
-    store: ExpertStore
-    account: Account
-    fallback: Fallback
-    seconds: float
-
-
-def run(sources: Sequence[Source], landing: Any, store: ExpertStore, until: Until | None, **more: Any) -> Ran:
-    account, fallback, begin = Account(), Fallback(), time.monotonic()
-    fill(WANTS, landing, [*sources, fallback], account, until=until, **more)
-    if isinstance(landing, Staged):
-        landing.install()
-    return Ran(store, account, fallback, time.monotonic() - begin)
 
 
 def from_memory(fault: str, until: Until | None) -> Ran:
@@ -149,6 +56,10 @@ def from_memory(fault: str, until: Until | None) -> Ran:
 
 def from_disk(fault: str, until: Until | None) -> Ran:
     return run([Disk(Faulty(fault))], store := make_store(), store, until)
+
+
+def from_disk_at_once(fault: str, until: Until | None) -> Ran:
+    return run([Disk(Faulty(fault), 3)], store := make_store(), store, until)
 
 
 def from_peers(fault: str, until: Until | None) -> Ran:
@@ -276,12 +187,13 @@ def from_replicas(fault: str, until: Until | None) -> Ran:
 SOURCES: dict[str, tuple[Callable[[str, Until | None], Ran], Origin, set[str]]] = {
     "memory": (from_memory, Origin.MEMORY, {"some", "dies", "wrong size", "late", "deadline"}),
     "disk": (from_disk, Origin.DISK, set()),
+    "disk, three at once": (from_disk_at_once, Origin.DISK, {"dies"}),
     "other disks": (from_other_disks, Origin.OTHER_DISK, {"deadline"}),
     "peers": (from_peers, Origin.NODE, set()),
     "replicas": (from_replicas, Origin.NODE, {"some", "wrong size", "deadline"}),
 }
 """How to run each; where its bytes have been; what cannot befall it: a plan names what is held, one layout holds for a
-group, and what all ranks do together is bounded by the deadline of the group alone."""
+group, and what all ranks do together has the group's deadline; of three at once any is the first."""
 
 FAULTS = ["", "some", "corrupt", "wrong size", "late", "dies", "deadline"]
 CASES = [(name, fault) for name, (_, _, never) in SOURCES.items() for fault in FAULTS if fault not in never]

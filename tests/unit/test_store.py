@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_sources import EXPERTS, LAYERS, NUM_BYTES, SLOTS, make_store, tensors_of, together, write
+from support.sources import EXPERTS, LAYERS, NUM_BYTES, SLOTS, make_store, tensors_of, write
+from test_sources import together
 
 from elastic_moe.control.vote import Vote
 from elastic_moe.placement.placement import EMPTY

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.sources import EXPERTS, LAYERS, make_store, tensors_of, write
 from support.wires import WireGroup, Wires
-from test_sources import EXPERTS, LAYERS, make_store, tensors_of, write
 
 from elastic_moe.control.settle import settle
 from elastic_moe.group.view import Member, View
