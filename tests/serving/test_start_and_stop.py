@@ -17,8 +17,11 @@ from launch.server import torchrun
 
 ALONE = [sys.executable]
 """Without torchrun: one rank."""
-GONE_WITHIN_S = 5.0
-"""All ranks, after one has told of a user's mistake."""
+GONE_WITHIN_S = 15.0
+"""All ranks, after one has told of a user's mistake: 1 to 2 s alone on two cores, 8 s were seen beside another server
+that loads there. Who waits for a deadline takes 30 s and more."""
+ALSO_BY_UNIT_TESTS = ("truncated", "no experts", "float8")
+"""Mistakes whose line has a test without a server; their way to the end is that of the others."""
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +78,13 @@ FOUND_BY_THE_ENGINE = {
 }
 
 
-@pytest.mark.parametrize("case", [*FOUND_BY_THE_SUPERVISOR, *FOUND_BY_THE_ENGINE])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=[pytest.mark.slow] if case in ALSO_BY_UNIT_TESTS else [])
+        for case in (*FOUND_BY_THE_SUPERVISOR, *FOUND_BY_THE_ENGINE)
+    ],
+)
 def test_one_rank_refuses(case: str, folders: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     overrides, reason = (FOUND_BY_THE_SUPERVISOR | FOUND_BY_THE_ENGINE)[case]

@@ -71,7 +71,9 @@ def test_a_taken_port_on_the_second_node():
         reason = f"server.port={port} is taken on 127.0.0.1; choose another with server.port=PORT (0: any free one)"
         assert ended.complaints == [f"elastic_moe: {reason}"]
         assert "exitcode  : 2" in ended.err  # torchrun's own report on the supervisor
-        assert ended.seconds_after_complaint < 10  # 2 s when the first node is not loading on the same two cores
+        assert (
+            ended.seconds_after_complaint < 20
+        )  # 2 s when the first node is not loading on the same two cores; 12 seen
         other.process.send_signal(signal.SIGINT)
         other.wait(STOP_WITHIN_S)
         other.assert_nothing_left()
