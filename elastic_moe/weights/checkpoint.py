@@ -11,7 +11,7 @@ from elastic_moe.errors import CheckpointError
 from elastic_moe.experts.layout import ExpertLayout
 from elastic_moe.weights.conversion import Conversion, target_dtypes
 from elastic_moe.weights.copies import Copy, find_copies
-from elastic_moe.weights.lanes import Lane
+from elastic_moe.weights.lanes import Lane, Part
 from elastic_moe.weights.plan import Access, Step, make_plan
 from elastic_moe.weights.shards import Shards
 
@@ -23,7 +23,7 @@ class CheckpointReader:
     """Every tensor of a checkpoint, converted as `from_pretrained` does, the experts one by one.
 
     A context manager; experts may be read by several threads at once. An expert whose tensors are only put beside each
-    other (see `copies`) is read right into its place, by way of two slices of pinned memory if that is on a GPU; any
+    other (see `copies`) is read right into its place, by way of a slice of pinned memory if that is on a GPU; any
     other takes memory of its own size in each thread. The exception is a conversion that mixes experts: then the whole
     layer is read for each of them, as `bytes_per_expert` tells.
 
@@ -117,18 +117,21 @@ class CheckpointReader:
         if shapes != layout.shapes:
             raise ValueError(f"out has shapes {shapes}, but an expert of {module} has {layout.shapes}")
         place = {f"{module}.{name}": tensor.detach() for name, tensor in zip(layout.names, out, strict=True)}
+        straight: list[Part] = []
         for step, copies in zip(steps, self._copies[module], strict=True):
             if copies is not None:
                 parts = step.parts(expert)
-                for copy in copies:
-                    if (into := place.get(step.made[copy.target])) is not None:
-                        self._lane.read(self._shards, *parts[copy.pattern][copy.position], into[copy.region])
+                straight += [
+                    Part(*parts[copy.pattern][copy.position], into[copy.region])
+                    for copy in copies
+                    if (into := place.get(step.made[copy.target])) is not None
+                ]
                 continue
             whole = step.access is Access.WHOLE
             made = self._make(step, expert, self._conversion.targets if whole else self._plan.single)
             for name in made.keys() & place.keys():
                 place[name].copy_(made[name][expert if whole else 0])
-        self._lane.wait()
+        self._lane.read(self._shards, straight)
         return self.bytes_per_expert(module)
 
     def read_dense(

@@ -1,96 +1,120 @@
-"""From a file into tensors of any device: each thread reads slices into pinned memory of its own, and sends them off.
+"""From files into tensors of any device: each thread reads into pinned memory of its own, and copies on from there.
 
-file -> (pread) pinned slice -> (its own stream) the tensor          a CUDA device: two slices take turns
-file -> (pread) the tensor                                            the host, where nothing has to be changed
+file -> (pread) pinned slice -> (a stream of the thread's own) the tensors      a CUDA device
+file -> (pread) the tensors                                                     the host, if nothing has to be changed
+
+What lies together in a file is read at once: calls are what limits threads of Python, which give way at each of them.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from elastic_moe.weights.shards import SLICE_BYTES, Shards
 
 
-class Lane(threading.local):
-    """Of one thread at a time; what it keeps for the device it reads for goes with the thread.
+@dataclass(frozen=True)
+class Part:
+    """A tensor of a checkpoint, or part `index` of its first dimension, and where it goes."""
 
-    A tensor is complete after `wait`, and may be used on every stream then.
-    """
+    name: str
+    index: int | None
+    out: torch.Tensor
+    """Of the shape of what is read, with one dimension at least; on any device, of any dtype, contiguous or not."""
+
+
+class Lane(threading.local):
+    """Of one thread at a time; what it keeps for the device it reads for goes with the thread."""
 
     def __init__(self) -> None:
         """Nothing is kept before it is needed."""
+        self._memory = torch.empty(0, dtype=torch.uint8)
         self._stream: torch.cuda.Stream | None = None
-        self._slices: Iterator[_Slice] = iter(())
 
-    def read(self, shards: Shards, name: str, index: int | None, out: torch.Tensor) -> None:
-        """Fill `out` with the tensor `name`, or with part `index` of its first dimension, casting where needed.
+    def read(self, shards: Shards, parts: Iterable[Part]) -> None:
+        """Fill what all parts name, casting where needed. It is there, for every stream, when this returns.
 
         Args:
-            shards: where it is.
-            name: of the tensor.
-            index: see `Shards.read`.
-            out: of the shape of what is read, with one dimension at least; on any device, contiguous or not.
+            shards: where they are.
+            parts: in any order; all on one device.
 
         Raises:
-            CheckpointError: the file cannot be read, or ends too early.
+            CheckpointError: a file cannot be read, or ends too early.
         """
-        dtype = shards.dtype(name) or out.dtype
-        if out.device.type == "cpu" and out.is_contiguous() and out.dtype == dtype:
-            shards.fill(name, index, 0, _bytes(out))
-            return
-        row_bytes = shards.num_bytes(name, index) // max(1, len(out))
-        at_once = max(1, SLICE_BYTES // max(1, row_bytes))
-        for begin in range(0, len(out), at_once):
-            rows = out[begin : begin + at_once]
-            part = self._next_slice(out.device).take(row_bytes * len(rows))
-            shards.fill(name, index, begin * row_bytes, part.numpy().data)
+        for run in _runs(shards, parts):
+            device = run[0].out.device
+            if device.type == "cpu" and all(piece.as_in_file for piece in run):
+                for piece in run:
+                    shards.fill(piece.name, piece.begin, _bytes(piece.out))
+                continue
+            memory = self._take(sum(piece.size for piece in run), device)
+            shards.fill(run[0].name, run[0].begin, memory.numpy().data)
             with torch.cuda.stream(self._stream):  # None: no matter
-                rows.copy_(part.view(dtype).view(rows.shape), non_blocking=True)
+                for piece, came in zip(run, memory.split([piece.size for piece in run]), strict=True):
+                    piece.out.copy_(came.view(piece.dtype).view(piece.out.shape), non_blocking=True)
+            if self._stream is not None:
+                self._stream.synchronize()
 
-    def wait(self) -> None:
-        """Until all that was read is where it should be."""
-        if self._stream is not None:
-            self._stream.synchronize()
-
-    def _next_slice(self, device: torch.device) -> "_Slice":
-        if (used := next(self._slices, None)) is not None:
-            return used
-        if device.type == "cuda":
+    def _take(self, size: int, device: torch.device) -> torch.Tensor:
+        """uint8 [size] that copies to `device` may start from."""
+        cuda = device.type == "cuda"
+        if cuda and (self._stream is None or self._stream.device != device):
             self._stream = torch.cuda.Stream(device)
-        both = [_Slice(self._stream), _Slice(self._stream)]
-        self._slices = _in_turn(both)
-        return next(self._slices)
-
-
-class _Slice:
-    """Memory of the host that copies to `stream`'s device start from."""
-
-    def __init__(self, stream: torch.cuda.Stream | None) -> None:
-        self._stream = stream
-        self._memory = torch.empty(0, dtype=torch.uint8)
-        self._sent = torch.cuda.Event() if stream else None
-
-    def sent(self) -> None:
-        """A copy out of it is on the stream."""
-        if self._sent is not None:
-            self._sent.record(self._stream)
-
-    def take(self, size: int) -> torch.Tensor:
-        """uint8 [size], as soon as what it held before has been sent."""
-        if self._sent is not None:
-            self._sent.synchronize()
-        if len(self._memory) < size:
-            self._memory = torch.empty(max(size, SLICE_BYTES), dtype=torch.uint8, pin_memory=self._stream is not None)
+        if len(self._memory) < size or self._memory.is_pinned() != cuda:
+            self._memory = torch.empty(max(size, SLICE_BYTES), dtype=torch.uint8, pin_memory=cuda)
         return self._memory[:size]
 
 
-def _in_turn(slices: list[_Slice]) -> Iterator[_Slice]:
-    while True:
-        for one in slices:
-            yield one
-            one.sent()
+class _Piece(NamedTuple):
+    """Rows of a part, and where they lie."""
+
+    file: int
+    place: int
+    """In the file."""
+    size: int
+    name: str
+    begin: int
+    """In the tensor `name`, in bytes."""
+    dtype: torch.dtype
+    out: torch.Tensor
+    as_in_file: bool
+    """Its bytes there are those of `out`."""
+
+
+def _runs(shards: Shards, parts: Iterable[Part]) -> Iterator[list[_Piece]]:
+    """Pieces that follow each other in a file: together a slice at most, unless one row of a tensor is more."""
+    pieces = sorted((piece for part in parts for piece in _pieces(shards, part)), key=lambda piece: piece[:2])
+    run: list[_Piece] = []
+    for piece in pieces:
+        if run:
+            first, last = run[0], run[-1]
+            follows = piece[:2] == (last.file, last.place + last.size)
+            if not follows or piece.place + piece.size - first.place > SLICE_BYTES:
+                yield run
+                run = []
+        run.append(piece)
+    if run:
+        yield run
+
+
+def _pieces(shards: Shards, part: Part) -> Iterator[_Piece]:
+    out, dtype = part.out, shards.dtype(part.name)
+    if not out.numel():
+        return
+    size = shards.num_bytes(part.name, part.index)
+    file, place = shards.place(part.name)
+    offset, row = size * (part.index or 0), size // len(out)
+    at_once = max(1, SLICE_BYTES // row)
+    as_in_file = out.is_contiguous() and out.dtype == dtype
+    for begin in range(0, len(out), at_once):
+        rows = out[begin : begin + at_once]
+        at = offset + begin * row
+        yield _Piece(file, place + at, row * len(rows), part.name, at, dtype, rows, as_in_file)
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
-    return tensor.detach().view(-1).view(torch.uint8).numpy().data
+    flat = tensor.detach().as_strided((tensor.numel(),), (1,))  # a row of one element may have any stride
+    return flat.view(torch.uint8).numpy().data

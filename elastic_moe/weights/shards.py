@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from elastic_moe.errors import CheckpointError
 
-SLICE_BYTES = 1 << 23
+SLICE_BYTES = 1 << 24
 """Read at once; between slices there is progress."""
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
@@ -88,15 +88,22 @@ class Shards:
         """The shape in the header."""
         return self._tensors[name].shape
 
-    def dtype(self, name: str) -> torch.dtype | None:
-        """The dtype in the header; None for one that torch does not have."""
-        return DTYPES.get(self._tensors[name].dtype)
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype in the header.
+
+        Raises:
+            CheckpointError: torch has no such dtype.
+        """
+        tensor = self._tensors[name]
+        if tensor.dtype not in DTYPES:
+            raise CheckpointError(f"{name} in {tensor.path} is {tensor.dtype}, which cannot be read")
+        return DTYPES[tensor.dtype]
 
     def num_bytes(self, name: str, index: int | None = None) -> int:
         """What `read(name, index)` will read."""
         tensor = self._tensors[name]
         shape = tensor.shape if index is None else tensor.shape[1:]
-        return prod(shape) * self._dtype(name).itemsize
+        return prod(shape) * self.dtype(name).itemsize
 
     def read(self, name: str, index: int | None = None) -> torch.Tensor:
         """The whole tensor, or the part `[index : index + 1]` of its first dimension, on the CPU.
@@ -104,19 +111,18 @@ class Shards:
         Raises:
             CheckpointError: the file cannot be read, or ends too early.
         """
-        tensor, dtype = self._tensors[name], self._dtype(name)
-        data = torch.empty(self.num_bytes(name, index), dtype=torch.uint8)
-        self.fill(name, index, 0, data.numpy().data)
-        shape = tensor.shape if index is None else (1, *tensor.shape[1:])
-        return data.view(dtype).reshape(shape)
+        shape, size = self._tensors[name].shape, self.num_bytes(name, index)
+        data = torch.empty(size, dtype=torch.uint8)
+        self.fill(name, size * (index or 0), data.numpy().data)
+        return data.view(self.dtype(name)).reshape(shape if index is None else (1, *shape[1:]))
 
-    def fill(self, name: str, index: int | None, begin: int, out: memoryview) -> None:
-        """Fill `out` with the bytes of what `read(name, index)` reads, from byte `begin` on. From any thread.
+    def fill(self, name: str, begin: int, out: memoryview) -> None:
+        """Fill `out` with the bytes of the tensor from byte `begin` on, and of what follows it. From any thread.
 
         Raises:
             CheckpointError: the file cannot be read, or ends too early.
         """
-        place = self._tensors[name].begin + (index or 0) * self.num_bytes(name, index) + begin
+        place = self._tensors[name].begin + begin
         for done in range(0, len(out), SLICE_BYTES):
             self._fill(out[done : done + SLICE_BYTES], place + done, name)
             self.on_slice()
@@ -137,12 +143,6 @@ class Shards:
             if not count:
                 raise CheckpointError(f"cannot read {name}: {tensor.path} ends at byte {begin}, it has been cut")
             part, begin = part[count:], begin + count
-
-    def _dtype(self, name: str) -> torch.dtype:
-        tensor = self._tensors[name]
-        if tensor.dtype not in DTYPES:
-            raise CheckpointError(f"{name} in {tensor.path} is {tensor.dtype}, which cannot be read")
-        return DTYPES[tensor.dtype]
 
 
 def _shard_paths(folder: Path) -> list[Path]:

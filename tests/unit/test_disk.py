@@ -14,7 +14,7 @@ from elastic_moe.errors import CheckpointError
 from elastic_moe.weights import lanes as lanes_module
 from elastic_moe.weights.copies import find_copies
 from elastic_moe.weights.disk import AHEAD, Disk
-from elastic_moe.weights.lanes import Lane
+from elastic_moe.weights.lanes import Lane, Part
 from elastic_moe.weights.shards import Shards
 from elastic_moe.weights.sources import Came, Missed, Origin, Until, Want
 
@@ -169,7 +169,24 @@ def test_a_lane_fills_whatever_the_target_is(shards: Shards, name: str, index: i
     out = torch.zeros(right.shape, dtype=dtype)
     if way == "strided":
         out = torch.zeros(*right.shape[:-1], 2 * right.shape[-1], dtype=dtype)[..., ::2]
-    lane = Lane()
-    lane.read(shards, name, index, out)
-    lane.wait()
+    Lane().read(shards, [Part(name, index, out)])
     assert torch.equal(out, right.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float64])
+def test_a_lane_reads_what_lies_together_at_once(shards: Shards, monkeypatch: pytest.MonkeyPatch, dtype: Any):
+    monkeypatch.setattr(lanes_module, "SLICE_BYTES", 256)
+    calls, fill = [], Shards.fill
+
+    def counted(self: Shards, name: str, begin: int, out: memoryview) -> None:
+        calls.append((name, begin, len(out)))
+        fill(self, name, begin, out)
+
+    rights = {("stacked", 2): shards.read("stacked", 2), ("one", None): shards.read("one")}
+    rights[("stacked", 1)] = shards.read("stacked", 1)
+    outs = {key: torch.zeros_like(right, dtype=dtype or right.dtype) for key, right in rights.items()}
+    monkeypatch.setattr(Shards, "fill", counted)
+    Lane().read(shards, [Part(*key, out) for key, out in outs.items()])
+    for key, right in rights.items():
+        assert torch.equal(outs[key], right.to(outs[key].dtype))
+    assert len(calls) == (3 if dtype is None else 2)  # on the host each goes to its place
