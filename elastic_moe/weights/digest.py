@@ -1,14 +1,18 @@
 """Digests of experts: a sum that every change of a single word alters, on any device, at memory speed."""
 
+import importlib
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 
 _CHUNK_WORDS = 1 << 16
 _MIX = 0x1E3779B97F4A7C15  # odd
 _CHUNKS = {"cpu": 1, "cuda": 64}
-"""Chunks taken at once: one fits into the cache of a CPU, a GPU wants few kernels (64 make 34 MB of products)."""
+"""Chunks taken at once, without Triton: one fits into a CPU's cache, a GPU wants few kernels (64 make 34 MB)."""
+_WORDS_AT_ONCE = 4096
+"""By a program of the kernel."""
 
 
 def digest(tensors: Sequence[torch.Tensor]) -> int:
@@ -19,16 +23,41 @@ def digest(tensors: Sequence[torch.Tensor]) -> int:
     of about 2^-62. It guards against corruption and mix-ups, not against malice. Waits for a GPU once.
     """
     device = tensors[0].device
+    words = [_words(tensor) for tensor in tensors]
+    kernels = _kernels() if device.type == "cuda" else None
+    total = _sum(words, device) if kernels is None else _sum_by(kernels.add_chunks, words, device)
+    return int(total) % 2**63
+
+
+def _sum(of: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
     factors, at_once = _factors(device), _CHUNKS[device.type]
     sums: list[torch.Tensor] = []  # int64 arithmetic wraps, which is modulo 2^64
-    for tensor in tensors:
-        words = _words(tensor)
+    for words in of:
         whole = words.numel() // _CHUNK_WORDS * _CHUNK_WORDS
         sums += [(factors * chunks).sum(1) for chunks in words[:whole].view(-1, _CHUNK_WORDS).split(at_once)]
         if whole < words.numel():
             sums.append((factors[: words.numel() - whole] * words[whole:]).sum().view(1))
     of_chunks = torch.cat(sums)
-    return int((of_chunks * _powers(device, of_chunks.numel())).sum()) % 2**63
+    return (of_chunks * _powers(device, of_chunks.numel())).sum()
+
+
+def _sum_by(kernel: Any, of: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+    counts = [-(-words.numel() // _CHUNK_WORDS) for words in of]
+    powers, total = _powers(device, sum(counts)), torch.zeros(1, dtype=torch.int64, device=device)
+    with torch.cuda.device(device):
+        for number, (words, count) in enumerate(zip(of, counts, strict=True)):
+            first = sum(counts[:number])
+            kernel[(count,)](words, words.numel(), powers, first, total, _MIX, _CHUNK_WORDS, _WORDS_AT_ONCE)
+    return total
+
+
+@cache
+def _kernels() -> Any:
+    """None where Triton is not installed."""
+    try:
+        return importlib.import_module("elastic_moe.weights.digest_kernels")
+    except ImportError:
+        return None
 
 
 @cache
