@@ -60,6 +60,7 @@ class CheckpointReader:
         self._known: dict[object, tuple[Copy, ...] | None] = {}
         """Copies of conversions that were tried: those of all layers are alike."""
         self._copies = {module: [*map(self._find_copies, self._steps(module))] for module in self._layouts}
+        self._expert_bytes = {module: sum(map(self._num_bytes, self._steps(module))) for module in self._layouts}
         self.unexpected = self._plan.unexpected
         self.missing = self._plan.missing
 
@@ -89,7 +90,8 @@ class CheckpointReader:
 
     def bytes_per_expert(self, module: str) -> int:
         """Bytes that `read_expert` reads for one expert of `module`: the same for all of them."""
-        return sum(self._num_bytes(step) for step in self._steps(module))
+        self._steps(module)
+        return self._expert_bytes[module]
 
     def dense_names(self) -> tuple[str, ...]:
         """The names that `read_dense` yields, in its order."""
@@ -116,13 +118,16 @@ class CheckpointReader:
         shapes = tuple(tuple(tensor.shape) for tensor in out)
         if shapes != layout.shapes:
             raise ValueError(f"out has shapes {shapes}, but an expert of {module} has {layout.shapes}")
-        place = {f"{module}.{name}": tensor.detach() for name, tensor in zip(layout.names, out, strict=True)}
+        place = {
+            f"{module}.{name}": tensor.detach() if tensor.requires_grad else tensor
+            for name, tensor in zip(layout.names, out, strict=True)
+        }
         straight: list[Part] = []
         for step, copies in zip(steps, self._copies[module], strict=True):
             if copies is not None:
                 parts = step.parts(expert)
                 straight += [
-                    Part(*parts[copy.pattern][copy.position], into[copy.region])
+                    Part(*parts[copy.pattern][copy.position], into[copy.region] if copy.is_part else into)
                     for copy in copies
                     if (into := place.get(step.made[copy.target])) is not None
                 ]

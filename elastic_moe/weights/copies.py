@@ -23,6 +23,8 @@ class Copy(NamedTuple):
     """Which of the things that are made; they have the experts first."""
     region: tuple[slice, ...]
     """Of the expert in it."""
+    is_part: bool
+    """Whether that is not all of it."""
 
 
 Run = Callable[[Mapping[str, list[torch.Tensor]]], Mapping[str, torch.Tensor]]
@@ -52,7 +54,11 @@ def find_copies(shapes: Mapping[str, Sequence[tuple[int, ...]]], run: Run) -> tu
     for pattern, group in numbered.items():
         for position, source in enumerate(group):
             places = enumerate(_place(source, tensor) for tensor in made)
-            copies = [Copy(pattern, position, target, region) for target, region in places if region is not None]
+            copies = [
+                Copy(pattern, position, target, region, source.numel() < made[target].numel())
+                for target, region in places
+                if region is not None
+            ]
             if len(copies) != 1:
                 return None
             found += copies

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 _CHUNK_WORDS = 1 << 16
+_CHUNK_BYTES = 4 * _CHUNK_WORDS
 _MIX = 0x1E3779B97F4A7C15  # odd
 _CHUNKS = {"cpu": 1, "cuda": 64}
 """Chunks taken at once, without Triton: one fits into a CPU's cache, a GPU wants few kernels (64 make 34 MB)."""
@@ -22,33 +23,47 @@ def digest(tensors: Sequence[torch.Tensor]) -> int:
     odd factor has an inverse, so no change of one word can go unseen; changes of several words cancel with a chance
     of about 2^-62. It guards against corruption and mix-ups, not against malice. Waits for a GPU once.
     """
+    return digests([tensors])[0]
+
+
+def digests(experts: Sequence[Sequence[torch.Tensor]]) -> list[int]:
+    """The digest of each; on a GPU all of them by one kernel, where Triton is installed. All are on one device."""
+    kernels = _kernels() if experts and experts[0][0].is_cuda else None
+    return [_sum(tensors) for tensors in experts] if kernels is None else _sums(kernels, experts)
+
+
+def _sum(tensors: Sequence[torch.Tensor]) -> int:
     device = tensors[0].device
-    words = [_words(tensor) for tensor in tensors]
-    kernels = _kernels() if device.type == "cuda" else None
-    total = _sum(words, device) if kernels is None else _sum_by(kernels.add_chunks, words, device)
-    return int(total) % 2**63
-
-
-def _sum(of: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
     factors, at_once = _factors(device), _CHUNKS[device.type]
     sums: list[torch.Tensor] = []  # int64 arithmetic wraps, which is modulo 2^64
-    for words in of:
+    for tensor in tensors:
+        words = _words(tensor)
         whole = words.numel() // _CHUNK_WORDS * _CHUNK_WORDS
         sums += [(factors * chunks).sum(1) for chunks in words[:whole].view(-1, _CHUNK_WORDS).split(at_once)]
         if whole < words.numel():
             sums.append((factors[: words.numel() - whole] * words[whole:]).sum().view(1))
     of_chunks = torch.cat(sums)
-    return (of_chunks * _powers(device, of_chunks.numel())).sum()
+    return int((of_chunks * _powers(device, of_chunks.numel())).sum()) % 2**63
 
 
-def _sum_by(kernel: Any, of: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
-    counts = [-(-words.numel() // _CHUNK_WORDS) for words in of]
-    powers, total = _powers(device, sum(counts)), torch.zeros(1, dtype=torch.int64, device=device)
+def _sums(kernels: Any, experts: Sequence[Sequence[torch.Tensor]]) -> list[int]:
+    device = experts[0][0].device
+    rows, kept = [], []  # one row for each tensor: where, how many words, its first chunk's number, whose it is
+    for number, tensors in enumerate(experts):
+        first = 0
+        for tensor in tensors:
+            size = tensor.numel() * tensor.element_size()
+            if not tensor.is_contiguous() or size % 4:
+                kept.append(tensor := _words(tensor))
+            rows.append((tensor.data_ptr(), -(-size // 4), first, number))
+            first += -(-size // _CHUNK_BYTES)
+    table = torch.tensor(rows, dtype=torch.int64).to(device)
+    sums = torch.zeros(len(experts), dtype=torch.int64, device=device)
+    most = max(-(-words // _CHUNK_WORDS) for _, words, *_ in rows)
+    powers = _powers(device, max(first for *_, first, _ in rows) + most)
     with torch.cuda.device(device):
-        for number, (words, count) in enumerate(zip(of, counts, strict=True)):
-            first = sum(counts[:number])
-            kernel[(count,)](words, words.numel(), powers, first, total, _MIX, _CHUNK_WORDS, _WORDS_AT_ONCE)
-    return total
+        kernels.add_chunks[(most, len(rows))](table, powers, sums, _MIX, _CHUNK_WORDS, _WORDS_AT_ONCE)
+    return [total % 2**63 for total in sums.tolist()]
 
 
 @cache

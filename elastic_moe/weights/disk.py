@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from queue import Empty, SimpleQueue
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -11,12 +12,13 @@ import torch
 from elastic_moe.background import start_thread
 from elastic_moe.errors import CheckpointError
 from elastic_moe.group.epoch_groups import EpochGroups
-from elastic_moe.weights.sources import Asked, Came, Landing, Missed, Origin, Source, Until, Want
+from elastic_moe.weights.sources import Asked, Came, Landing, Missed, Origin, Source, Told, Until, Want
 from elastic_moe.weights.store import ExpertStore
 
 ReadExpert = Callable[[int, int, Sequence[torch.Tensor]], int]
 """`read(layer, expert, out)` fills the tensors of an expert and returns the bytes read."""
 
+_Item = TypeVar("_Item")
 _Task = tuple[Want, Sequence[torch.Tensor]]
 READERS = {"cpu": 2, "cuda": 12}
 """By kind of device: what it takes to read the page cache as fast as a GPU is fed (4 GB/s each, H100)."""
@@ -25,6 +27,7 @@ AHEAD = 2
 BYTES_IN_FLIGHT = 1 << 28
 """On their way between ranks at once, one expert at least; bounds what is read beside the slots."""
 NOBODY = -1
+NO_SLOT = -1
 
 
 class Disk(Source):
@@ -37,10 +40,10 @@ class Disk(Source):
         self.read = read
         self._num_readers = num_readers
 
-    def fetch(self, wants: Sequence[Want], landing: Landing, until: Until) -> Iterator[Came | Missed]:
+    def fetch(self, wants: Sequence[Want], landing: Landing, until: Until) -> Iterator[Told]:
         """See `Source.fetch`. When it is left, nobody reads any more."""
         if min(self._num_readers, len(wants)) <= 1:
-            yield from (self._read(want, landing.open(want)) for want in wants)
+            yield from ([self._read(want, landing.open(want))] for want in wants)
             return
         tasks, told = SimpleQueue[_Task | None](), SimpleQueue[Came | Missed | BaseException]()
         for number in range(self._num_readers):
@@ -56,14 +59,15 @@ class Disk(Source):
                     reading += 1
                 if not reading:
                     return
-                one, reading = told.get(), reading - 1
-                if isinstance(one, BaseException):
-                    raise one
-                yield one
-        finally:
-            with contextlib.suppress(Empty):
-                while tasks.get_nowait():
+                came = []
+                for one in (told.get(), *_there(told)):
                     reading -= 1
+                    if isinstance(one, BaseException):
+                        raise one
+                    came.append(one)
+                yield came
+        finally:
+            reading -= sum(1 for _ in _there(tasks))
             for _ in range(reading):
                 told.get()
             for _ in range(self._num_readers):
@@ -81,6 +85,13 @@ class Disk(Source):
         return Came(want, Origin.DISK)
 
 
+def _there(queue: "SimpleQueue[_Item]") -> Iterator[_Item]:
+    """What is in the queue."""
+    with contextlib.suppress(Empty):
+        while True:
+            yield queue.get_nowait()
+
+
 class OtherDisks(Source):
     """What this rank's disk has wrong, another's may have right: each other member reads in turn for those who lack."""
 
@@ -93,7 +104,7 @@ class OtherDisks(Source):
         self._store = store
         self._groups = groups
 
-    def fetch(self, wants: Sequence[Want], landing: Landing, until: Until) -> Iterator[Came | Missed]:
+    def fetch(self, wants: Sequence[Want], landing: Landing, until: Until) -> Iterator[Told]:
         """See `Source.fetch`. Turn by turn; all ranks tell what they lack, as int64 [L, E] of the positions of who."""
         group = self._groups.control
         for turn in range(1, group.size):
@@ -107,10 +118,10 @@ class OtherDisks(Source):
             for begin in range(0, len(places), at_once):
                 targets = {place: int(wanted[place]) for place in places[begin : begin + at_once]}
                 for place in self._pass_on(targets, turn, mine, landing):
-                    yield Came(mine[place], Origin.OTHER_DISK)
+                    yield [Came(mine[place], Origin.OTHER_DISK)]
         for want in wants:
             if not landing.has(want):
-                yield Missed(want, f"none of {group.size - 1} other ranks reads it right")
+                yield [Missed(want, f"none of {group.size - 1} other ranks reads it right")]
 
     def _pass_on(
         self, targets: Mapping[tuple[int, int], int], turn: int, mine: Mapping[tuple[int, int], Want], landing: Landing
@@ -150,4 +161,5 @@ class OtherDisks(Source):
             self._disk.read(layer, expert, tensors)
         except (CheckpointError, OSError):
             return None
-        return tensors if self._store.is_right(layer, expert, tensors) else None
+        right = self._store.are_right([Came(Want(layer, expert, NO_SLOT), Origin.DISK)], [tensors])
+        return tensors if right[0] else None

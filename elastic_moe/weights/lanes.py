@@ -7,7 +7,7 @@ What lies together in a file is read at once: calls are what limits threads of P
 """
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -32,6 +32,9 @@ class Lane(threading.local):
     def __init__(self) -> None:
         """Nothing is kept before it is needed."""
         self._memory = torch.empty(0, dtype=torch.uint8)
+        self._views: dict[object, list[torch.Tensor]] = {}
+        """Of the beginning of `_memory`, by the sizes, dtypes and shapes of the pieces that are there."""
+        self._bytes = memoryview(b"")
         self._stream: torch.cuda.Stream | None = None
 
     def read(self, shards: Shards, parts: Iterable[Part]) -> None:
@@ -50,22 +53,27 @@ class Lane(threading.local):
                 for piece in run:
                     shards.fill(piece.name, piece.begin, _bytes(piece.out))
                 continue
-            memory = self._take(sum(piece.size for piece in run), device)
-            shards.fill(run[0].name, run[0].begin, memory.numpy().data)
+            came = self._take(run, device)
+            shards.fill(run[0].name, run[0].begin, self._bytes[: sum(piece.size for piece in run)])
             with torch.cuda.stream(self._stream):  # None: no matter
-                for piece, came in zip(run, memory.split([piece.size for piece in run]), strict=True):
-                    piece.out.copy_(came.view(piece.dtype).view(piece.out.shape), non_blocking=True)
+                torch._foreach_copy_([piece.out for piece in run], came, non_blocking=True)
             if self._stream is not None:
                 self._stream.synchronize()
 
-    def _take(self, size: int, device: torch.device) -> torch.Tensor:
-        """uint8 [size] that copies to `device` may start from."""
-        cuda = device.type == "cuda"
+    def _take(self, run: Sequence["_Piece"], device: torch.device) -> list[torch.Tensor]:
+        """Memory for each piece, beside each other, that copies to `device` may start from."""
+        cuda, size = device.type == "cuda", sum(piece.size for piece in run)
         if cuda and (self._stream is None or self._stream.device != device):
             self._stream = torch.cuda.Stream(device)
         if len(self._memory) < size or self._memory.is_pinned() != cuda:
             self._memory = torch.empty(max(size, SLICE_BYTES), dtype=torch.uint8, pin_memory=cuda)
-        return self._memory[:size]
+            self._bytes = self._memory.numpy().data
+            self._views.clear()
+        key = tuple((piece.size, piece.dtype, piece.out.shape) for piece in run)
+        if key not in self._views:
+            parts = self._memory[:size].split([piece.size for piece in run])
+            self._views[key] = [p.view(piece.dtype).view(piece.out.shape) for p, piece in zip(parts, run, strict=True)]
+        return self._views[key]
 
 
 class _Piece(NamedTuple):
@@ -110,7 +118,7 @@ def _pieces(shards: Shards, part: Part) -> Iterator[_Piece]:
     at_once = max(1, SLICE_BYTES // row)
     as_in_file = out.is_contiguous() and out.dtype == dtype
     for begin in range(0, len(out), at_once):
-        rows = out[begin : begin + at_once]
+        rows = out if at_once >= len(out) else out[begin : begin + at_once]
         at = offset + begin * row
         yield _Piece(file, place + at, row * len(rows), part.name, at, dtype, rows, as_in_file)
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from elastic_moe.weights.sources import Came, Landing, Missed, Origin, Source, Until, Want
+from elastic_moe.weights.sources import Came, Landing, Origin, Source, Told, Until, Want
 
 
 class InMemory(Source):
@@ -16,9 +16,9 @@ class InMemory(Source):
         """`layers` are the tensors [E, ...] of each MoE layer, in the order of its layout."""
         self._layers = layers
 
-    def fetch(self, wants: Sequence[Want], landing: Landing, until: Until) -> Iterator[Came | Missed]:
+    def fetch(self, wants: Sequence[Want], landing: Landing, until: Until) -> Iterator[Told]:
         """See `Source.fetch`."""
         for want in wants:
             for target, source in zip(landing.open(want), self._layers[want.layer], strict=True):
                 target.copy_(source[want.expert])
-            yield Came(want, Origin.MEMORY)
+            yield [Came(want, Origin.MEMORY)]

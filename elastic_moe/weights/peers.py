@@ -20,7 +20,7 @@ from elastic_moe.background import OnError, end_process, start_thread
 from elastic_moe.deadlines import Deadlines
 from elastic_moe.group.view import Member
 from elastic_moe.weights.digest import digest
-from elastic_moe.weights.sources import Came, Landing, Missed, Origin, Source, Until, Want
+from elastic_moe.weights.sources import Came, Landing, Missed, Origin, Source, Told, Until, Want
 from elastic_moe.weights.store import ExpertStore
 from elastic_moe.wire import PLAIN, Wire
 
@@ -149,16 +149,16 @@ class Peers(Source):
                 return True
         return False
 
-    def fetch(self, wants: Sequence[Want], landing: Landing, until: Until) -> Iterator[Came | Missed]:
+    def fetch(self, wants: Sequence[Want], landing: Landing, until: Until) -> Iterator[Told]:
         """See `Source.fetch`. Members are asked in turn for each, until one sends bytes that are accepted."""
         for want in wants:
             request = WeightRequest(layer=want.layer, expert=want.expert)
             for answer in self._answers(request, landing.open(want), until):
-                yield Came(want, answer.origin, answer.digest)
+                yield [Came(want, answer.origin, answer.digest)]
                 if landing.has(want):
                     break
             else:
-                yield Missed(want, f"none of {len(self._origins)} members that answer has it right")
+                yield [Missed(want, f"none of {len(self._origins)} members that answer has it right")]
 
     def close(self) -> None:
         """Disconnect."""

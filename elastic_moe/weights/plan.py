@@ -4,13 +4,14 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 
 from elastic_moe.errors import CheckpointError
 from elastic_moe.experts.layout import ExpertLayout
-from elastic_moe.weights.conversion import Conversion, Recipe, merges_experts, treats_experts_alone
+from elastic_moe.weights.conversion import Conversion, Recipe, Source, merges_experts, treats_experts_alone
 from elastic_moe.weights.shards import Shards
 
 if TYPE_CHECKING:
@@ -50,11 +51,19 @@ class Step:
     def parts(self, expert: int | None = None) -> dict[str, list[tuple[str, int | None]]]:
         """By source pattern: the tensors to read, each whole (None) or at an index of its first dimension."""
         index = expert if self.access is Access.STACKED else None
-        number = expert if self.access is Access.NUMBERED else None
-        return {
-            pattern: [(source.name, index) for source in group if number is None or source.number == number]
-            for pattern, group in self.recipe.sources.items()
-        }
+        sources = (
+            self.recipe.sources if self.access is not Access.NUMBERED or expert is None else self._of_expert[expert]
+        )
+        return {pattern: [(source.name, index) for source in group] for pattern, group in sources.items()}
+
+    @cached_property
+    def _of_expert(self) -> dict[int | None, dict[str, list[Source]]]:
+        """Numbered sources by their number."""
+        of: dict[int | None, dict[str, list[Source]]] = {}
+        for pattern, group in self.recipe.sources.items():
+            for source in group:
+                of.setdefault(source.number, {}).setdefault(pattern, []).append(source)
+        return of
 
 
 @dataclass(frozen=True)

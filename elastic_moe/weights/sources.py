@@ -69,6 +69,9 @@ class Missed(NamedTuple):
     why: str
 
 
+Told = Sequence[Came | Missed]
+
+
 @dataclass(frozen=True)
 class Until:
     """How long a `fill` may go on asking."""
@@ -92,9 +95,9 @@ class Landing(ABC):
         """The tensors to overwrite, in the order of the layout. From here on nobody counts on what they held."""
 
     @abstractmethod
-    def accept(self, want: Want, said: int | None) -> bool:
-        """Verify what was written, and hold it. The digest must be the group's if that is known, else `said`, which the
-        source has said of it; without either these bytes become the truth. False: it is another one."""
+    def accept(self, came: Sequence[Came]) -> list[bool]:
+        """Verify what was written, and hold it. Each digest must be the group's if that is known, else the one that the
+        source has said; without either these bytes become the truth. False: it is another one."""
 
     @abstractmethod
     def has(self, want: Want) -> bool:
@@ -121,8 +124,9 @@ class Source(ABC):
     asked = Asked.IF_LACKING
 
     @abstractmethod
-    def fetch(self, wants: Sequence[Want], landing: Landing, until: Until) -> Iterator[Came | Missed]:
-        """Write wanted experts into `landing.open(want)`, and tell of each as soon as its bytes are there.
+    def fetch(self, wants: Sequence[Want], landing: Landing, until: Until) -> Iterator[Told]:
+        """Write wanted experts into `landing.open(want)`, and tell of each as soon as its bytes are there: of all that
+        are at that moment, for they are verified together.
 
         What is never told of is missing. A source that all ranks ask together runs to its end, whatever comes.
 
@@ -190,16 +194,17 @@ def fill(
         if source.asked is Asked.IF_LACKING and not left:
             continue
         for told in source.fetch(tuple(left), landing, until):
-            want = told.want
-            if isinstance(told, Missed):
-                left[want].append(f"{source.nearest}: {told.why}")
+            for want, why in (one for one in told if isinstance(one, Missed)):
+                left[want].append(f"{source.nearest}: {why}")
                 refused.discard(want)
-            elif landing.accept(want, told.digest):
-                del left[want]
-                account.add(told.origin, landing.num_bytes(want))
-            else:
+            came = [one for one in told if isinstance(one, Came)]
+            for (want, origin, _), right in zip(came, landing.accept(came), strict=True):
+                if right:
+                    left.pop(want)
+                    account.add(origin, landing.num_bytes(want))
+                    continue
                 account.rejected += 1
-                left[want].append(f"{told.origin}: the bytes have another digest than the group's")
+                left[want].append(f"{origin}: the bytes have another digest than the group's")
                 refused.add(want)
                 log.warning("%s: %s", want, left[want][-1])
             if source.asked is Asked.IF_LACKING and _is_over(until):

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from elastic_moe.transport.staging import Staging, Transfer
-from elastic_moe.weights.sources import Asked, Came, Landing, Missed, Origin, Source, Until, Want
+from elastic_moe.weights.sources import Asked, Came, Landing, Origin, Source, Told, Until, Want
 from elastic_moe.weights.store import ExpertStore
 
 
@@ -29,12 +29,11 @@ class Staged(Landing):
             self.put(want, [torch.empty_like(t, device="cpu", pin_memory=t.is_cuda) for t in like])
         return self._waiting[want]
 
-    def accept(self, want: Want, said: int | None) -> bool:
+    def accept(self, came: Sequence[Came]) -> list[bool]:
         """See `Landing.accept`."""
-        right = self._store.is_right(want.layer, want.expert, self._waiting[want], said)
-        if right:
-            self._accepted.add(want)
-        return right
+        rights = self._store.are_right(came, [self._waiting[want] for want, *_ in came])
+        self._accepted.update(want for (want, *_), right in zip(came, rights, strict=True) if right)
+        return rights
 
     def has(self, want: Want) -> bool:
         """See `Landing.has`."""
@@ -62,10 +61,10 @@ class Replicas(Source):
         self._transfer = transfer
         self._landing = landing
 
-    def fetch(self, wants: Sequence[Want], landing: Landing, until: Until) -> Iterator[Came | Missed]:
-        """See `Source.fetch`. All come, then each is told of."""
+    def fetch(self, wants: Sequence[Want], landing: Landing, until: Until) -> Iterator[Told]:
+        """See `Source.fetch`. All come, then each is told of: a loss may overtake the checking of many."""
         plan = self._transfer.plan
         for move, tensors in self._staging.bring(self._transfer).items():
             want = Want(move.layer, move.expert, move.target % plan.slots_per_rank)
             self._landing.put(want, tensors)
-            yield Came(want, Origin[plan.distance(move).name])
+            yield [Came(want, Origin[plan.distance(move).name])]

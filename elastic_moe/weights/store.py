@@ -8,8 +8,8 @@ import torch
 from elastic_moe.experts.slots import SlotExperts
 from elastic_moe.memory.free import free_bytes
 from elastic_moe.placement.placement import EMPTY
-from elastic_moe.weights.digest import digest
-from elastic_moe.weights.sources import Landing, Want
+from elastic_moe.weights.digest import digest, digests
+from elastic_moe.weights.sources import Came, Landing, Want
 
 UNKNOWN = -1
 """A digest nobody has computed yet."""
@@ -53,10 +53,10 @@ class ExpertStore(Landing):
         """Compute the digest of every expert held here that is not known yet; in training, of all."""
         if self._trains:
             self.digests.fill(UNKNOWN)
-        for layer, slot in np.argwhere(self.held != EMPTY).tolist():
-            expert = self.held[layer, slot]
-            if self.digests[layer, expert] == UNKNOWN:
-                self.digests[layer, expert] = digest(self.tensors(layer, slot))
+        for layer, slots in enumerate(self.held):
+            unknown = {int(expert): slot for slot, expert in enumerate(slots) if expert != EMPTY}
+            unknown = {expert: slot for expert, slot in unknown.items() if self.digests[layer, expert] == UNKNOWN}
+            self.digests[layer, list(unknown)] = digests([self.tensors(layer, slot) for slot in unknown.values()])
 
     def trust(self, digests: np.ndarray) -> int:
         """Take the group's digests, int64 [L, E], for the truth, and give up slots whose bytes have another one.
@@ -111,13 +111,13 @@ class ExpertStore(Landing):
         """See `Landing.open`: its slot is empty until `accept`."""
         return self.vacate(want.layer, want.slot)
 
-    def accept(self, want: Want, said: int | None = None) -> bool:
+    def accept(self, came: Sequence[Came]) -> list[bool]:
         """See `Landing.accept`."""
-        tensors = self.tensors(want.layer, want.slot)
-        right = self.is_right(want.layer, want.expert, tensors, said)
-        if right:
-            self.held[want.layer, want.slot] = want.expert
-        return right
+        rights = self.are_right(came, [self.tensors(want.layer, want.slot) for want, *_ in came])
+        for (want, *_), right in zip(came, rights, strict=True):
+            if right:
+                self.held[want.layer, want.slot] = want.expert
+        return rights
 
     def has(self, want: Want) -> bool:
         """See `Landing.has`."""
@@ -127,15 +127,17 @@ class ExpertStore(Landing):
         """See `Landing.num_bytes`."""
         return self.layers[want.layer].layout.num_bytes
 
-    def is_right(self, layer: int, expert: int, tensors: Sequence[torch.Tensor], said: int | None = None) -> bool:
-        """Whether `tensors` have the digest of an expert: the group's if it is known, else `said`. Without either it is
-        theirs from now on."""
-        known, found = self.digests[layer, expert], digest(tensors)
-        expected = said if known == UNKNOWN else known
-        if expected not in (None, found):
-            return False
-        self.digests[layer, expert] = found
-        return True
+    def are_right(self, came: Sequence[Came], tensors: Sequence[Sequence[torch.Tensor]]) -> list[bool]:
+        """Whether the tensors of each have the digest of the expert: the group's if it is known, else what was said.
+        Without either it is theirs from now on."""
+        rights = []
+        for (want, _, said), found in zip(came, digests(tensors), strict=True):
+            known = self.digests[want.layer, want.expert]
+            expected = said if known == UNKNOWN else known
+            rights.append(expected in (None, found))
+            if rights[-1]:
+                self.digests[want.layer, want.expert] = found
+        return rights
 
     def install(self, want: Want, tensors: Sequence[torch.Tensor]) -> None:
         """Copy an expert that was verified elsewhere (in staging) into its slot."""

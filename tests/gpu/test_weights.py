@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from elastic_moe.weights import digest as digest_module
-from elastic_moe.weights.digest import digest
+from elastic_moe.weights.digest import digest, digests
 from elastic_moe.weights.lanes import Lane, Part
 from elastic_moe.weights.shards import Shards
 
@@ -26,6 +26,8 @@ def test_a_digest_is_that_of_the_cpu(monkeypatch: pytest.MonkeyPatch, shapes, dt
     if not kernels:
         monkeypatch.setattr(digest_module, "_kernels", lambda: None)
     assert digest([tensor.cuda() for tensor in tensors]) == digest(tensors)
+    several = [tensors, tensors[::-1], tensors[:1]]
+    assert digests([[t.cuda() for t in one] for one in several]) == [digest(one) for one in several]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

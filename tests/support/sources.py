@@ -79,7 +79,7 @@ class Fallback(Source):
         for want in wants:
             self.asked_for.append(want)
             write(want.layer, want.expert, landing.open(want))
-            yield Came(want, Origin.OTHER_DISK)
+            yield [Came(want, Origin.OTHER_DISK)]
 
 
 class Faulty:

@@ -37,7 +37,8 @@ class Opened:
 
 
 def fetch(disk: Disk, landing: Any, wants: Sequence[Want] = WANTS) -> Any:
-    return disk.fetch(wants, landing, Until())
+    for told in disk.fetch(wants, landing, Until()):
+        yield from told
 
 
 def test_all_are_told_of_and_few_are_open_at_a_time():

@@ -236,7 +236,7 @@ def test_sources_are_asked_nearest_first_and_only_for_what_lacks():
             asked.append(f"{self.nearest} {len(wants)}")
             for want in wants[: self.gives]:
                 self.read(want.layer, want.expert, landing.open(want))
-                yield Came(want, self.nearest)
+                yield [Came(want, self.nearest)]
 
     account = Account()
     sources = [Told(Origin.DISK, 1), Told(Origin.OTHER_DISK, 9), Told(Origin.MEMORY, 0), Told(Origin.REMOTE, 3)]
@@ -266,7 +266,8 @@ def test_bytes_that_nobody_knows_become_the_truth_unless_their_source_says_other
     store = make_store(knows_digests=False)
     fill(WANTS[:1], store, [Disk(write)], Account())
     assert store.digests[0, 2] == digest(tensors_of(0, 2))
-    assert not store.accept(WANTS[1], digest(tensors_of(0, 3))), "these bytes are others than their source says"
+    came = Came(WANTS[1], Origin.NODE, digest(tensors_of(0, 3)))
+    assert store.accept([came]) == [False], "these bytes are others than their source says"
     assert store.held[0, 1] == EMPTY
 
 
@@ -300,12 +301,13 @@ def test_what_a_source_tells_of_twice_counts_once():
             for want in wants:
                 for tensor in landing.open(want):
                     tensor.zero_()
-                yield Came(want, Origin.DISK)
+                yield [Came(want, Origin.DISK)]
                 self.read(*want[:2], landing.open(want))
-                yield Came(want, Origin.DISK)
+                yield [Came(want, Origin.DISK)]
 
     store, account = make_store(), Account()
     fill(WANTS, store, [Stubborn(write)], account)
     assert (account.rejected, account.num_bytes[Origin.DISK]) == (4, 4 * NUM_BYTES)
     assert not list(store.wants(np.array([[2, 3], [2, 3]])))
-    assert isinstance(next(iter(Peers([], 0, Deadlines()).fetch(WANTS[:1], store, Until()))), Missed)
+    ((told,),) = Peers([], 0, Deadlines()).fetch(WANTS[:1], store, Until())
+    assert isinstance(told, Missed)

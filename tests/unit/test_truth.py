@@ -18,6 +18,7 @@ from elastic_moe.weights import manifest as manifest_module
 from elastic_moe.weights.digest import digest
 from elastic_moe.weights.disk import Disk
 from elastic_moe.weights.manifest import DigestFile
+from elastic_moe.weights.sources import Came, Origin
 from elastic_moe.weights.truth import UNKNOWN, Undecided, agree
 
 GOALS = ((0, 1), (2, 3), (0, 2), (1, 3))
@@ -108,7 +109,7 @@ def start(
         goal = np.tile(np.array(GOALS[rank], dtype=np.int32), (LAYERS, 1))
         for want in store.wants(goal):
             disk.read(want.layer, want.expert, store.open(want))
-            assert store.accept(want)
+            assert store.accept([Came(want, Origin.DISK)]) == [True]
         dense = {"b": torch.arange(5.0).bfloat16(), "a": torch.ones(2, 3)}
         if nodes[rank] in bad_dense:
             dense["b"][4] = 9
