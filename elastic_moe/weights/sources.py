@@ -191,7 +191,7 @@ def fill(
     for source in sorted(sources, key=lambda source: ORIGINS.index(source.nearest)):
         if source.asked is Asked.IF_ANY_LACKS and not any_lacks(bool(left)):
             return
-        if source.asked is Asked.IF_LACKING and not left:
+        if source.asked is Asked.IF_LACKING and (not left or _is_over(until)):
             continue
         for told in source.fetch(tuple(left), landing, until):
             for want, why in (one for one in told if isinstance(one, Missed)):
