@@ -31,6 +31,8 @@ class SlotExperts(nn.Module):
             self.register_parameter(name, nn.Parameter(slots, requires_grad=trainable))
         self.template: Any = template
         self._first = "gate_up_proj" if template.has_gate else "up_proj"
+        self._views: tuple[list[int], list[list[torch.Tensor]]] = ([], [])
+        """Addresses of the parameters, and the tensors of each slot there: slots are asked for again and again."""
 
     @property
     def hidden_size(self) -> int:
@@ -52,7 +54,12 @@ class SlotExperts(nn.Module):
 
     def slot_tensors(self, slot: int) -> Sequence[torch.Tensor]:
         """Views of the tensors of one slot, in the order of `layout.names`."""
-        return [getattr(self, name).detach()[slot] for name in self.layout.names]
+        parameters = [self.get_parameter(name) for name in self.layout.names]
+        addresses = [parameter.data_ptr() for parameter in parameters]
+        if self._views[0] != addresses or len(self._views[1]) != self.num_slots:
+            whole = [parameter.detach() for parameter in parameters]
+            self._views = (addresses, [[tensor[at] for tensor in whole] for at in range(self.num_slots)])
+        return self._views[1][slot]
 
     def forward(self, rows: torch.Tensor, offsets: torch.Tensor, expected_rows: int | None = None) -> torch.Tensor:
         """Compute each row by the expert of its slot, without the routing weight.

@@ -19,11 +19,13 @@ ReadExpert = Callable[[int, int, Sequence[torch.Tensor]], int]
 """`read(layer, expert, out)` fills the tensors of an expert and returns the bytes read."""
 
 _Item = TypeVar("_Item")
-_Task = tuple[Want, Sequence[torch.Tensor]]
+_Task = list[tuple[Want, Sequence[torch.Tensor]]]
 READERS = {"cpu": 2, "cuda": 12}
 """By kind of device: what it takes to read the page cache as fast as a GPU is fed (4 GB/s each, H100)."""
 AHEAD = 2
-"""Experts that are read, or wait to be, of each reader."""
+"""Tasks that are done, or wait to be, of each reader."""
+AT_ONCE = 4
+"""Experts of a task: threads of Python give way to each other at each."""
 BYTES_IN_FLIGHT = 1 << 28
 """On their way between ranks at once, one expert at least; bounds what is read beside the slots."""
 NOBODY = -1
@@ -45,26 +47,28 @@ class Disk(Source):
         if min(self._num_readers, len(wants)) <= 1:
             yield from ([self._read(want, landing.open(want))] for want in wants)
             return
-        tasks, told = SimpleQueue[_Task | None](), SimpleQueue[Came | Missed | BaseException]()
+        tasks, told = SimpleQueue[_Task | None](), SimpleQueue[Told | BaseException]()
         for number in range(self._num_readers):
             start_thread(f"disk {number}", self._serve, tasks, told, on_error=told.put)
-        left, reading = iter(wants), 0
+        at_once = min(AT_ONCE, -(-len(wants) // self._num_readers))
+        left, reading = (wants[begin : begin + at_once] for begin in range(0, len(wants), at_once)), 0
         try:
             while True:
-                for want in islice(left, AHEAD * self._num_readers - reading):
-                    out = landing.open(want)
-                    if not reading and out[0].is_cuda:  # whoever used what is overwritten has done so
-                        torch.cuda.current_stream(out[0].device).synchronize()
-                    tasks.put((want, out))
+                for some in islice(left, AHEAD * self._num_readers - reading):
+                    task = [(want, landing.open(want)) for want in some]
+                    device = task[0][1][0].device
+                    if not reading and device.type == "cuda":  # whoever used what is overwritten has done so
+                        torch.cuda.current_stream(device).synchronize()
+                    tasks.put(task)
                     reading += 1
                 if not reading:
                     return
-                came = []
+                came: list[Came | Missed] = []
                 for one in (told.get(), *_there(told)):
                     reading -= 1
                     if isinstance(one, BaseException):
                         raise one
-                    came.append(one)
+                    came += one
                 yield came
         finally:
             reading -= sum(1 for _ in _there(tasks))
@@ -73,9 +77,9 @@ class Disk(Source):
             for _ in range(self._num_readers):
                 tasks.put(None)
 
-    def _serve(self, tasks: "SimpleQueue[_Task | None]", told: "SimpleQueue[Came | Missed | BaseException]") -> None:
+    def _serve(self, tasks: "SimpleQueue[_Task | None]", told: "SimpleQueue[Told | BaseException]") -> None:
         while task := tasks.get():
-            told.put(self._read(*task))
+            told.put([self._read(want, out) for want, out in task])
 
     def _read(self, want: Want, out: Sequence[torch.Tensor]) -> Came | Missed:
         try:

@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 from elastic_moe.errors import CheckpointError
 from elastic_moe.weights import lanes as lanes_module
 from elastic_moe.weights.copies import find_copies
-from elastic_moe.weights.disk import AHEAD, Disk
+from elastic_moe.weights.disk import AHEAD, AT_ONCE, Disk
 from elastic_moe.weights.lanes import Lane, Part
 from elastic_moe.weights.shards import Shards
 from elastic_moe.weights.sources import Came, Missed, Origin, Until, Want
 
-WANTS = [Want(0, expert, expert) for expert in range(20)]
+WANTS = [Want(0, expert, expert) for expert in range(80)]
 READERS = 3
 WAIT_S = 20.0
 
@@ -50,7 +50,7 @@ def test_all_are_told_of_and_few_are_open_at_a_time():
         return 1
 
     for one in fetch(Disk(read, READERS), landing):
-        assert len(landing.wants) - len(told) <= AHEAD * READERS
+        assert len(landing.wants) - len(told) <= AHEAD * READERS * AT_ONCE
         told.append(one)
     assert sorted(told) == sorted(
         Missed(want, "cut") if want.expert in (3, 7) else Came(want, Origin.DISK) for want in WANTS
