@@ -18,7 +18,7 @@ from elastic_moe.weights.lanes import Lane, Part
 from elastic_moe.weights.shards import Shards
 from elastic_moe.weights.sources import Came, Missed, Origin, Until, Want
 
-WANTS = [Want(0, expert, expert) for expert in range(80)]
+WANTS = [Want(0, expert, expert) for expert in range(160)]
 READERS = 3
 WAIT_S = 20.0
 
