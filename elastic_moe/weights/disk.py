@@ -21,7 +21,7 @@ ReadExpert = Callable[[int, int, Sequence[torch.Tensor]], int]
 _Item = TypeVar("_Item")
 _Task = list[tuple[Want, Sequence[torch.Tensor]]]
 READERS = {"cpu": 2, "cuda": 8}
-"""By kind of device. Eight read the page cache at 20 GB/s (H200); more wait for each other, at the interpreter's lock."""
+"""By kind of device. Eight read the page cache at 20 GB/s (H200); with more, Python's lock is what they wait for."""
 AHEAD = 2
 """Tasks that are done, or wait to be, of each reader."""
 AT_ONCE = 8
