@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 
-_CHUNK_WORDS = 1 << 16
-_CHUNK_BYTES = 4 * _CHUNK_WORDS
-_MIX = 0x1E3779B97F4A7C15  # odd
-_CHUNKS = {"cpu": 1, "cuda": 64}
-"""Chunks taken at once, without Triton: one fits into a CPU's cache, a GPU wants few kernels (64 make 34 MB)."""
+from elastic_moe.weights.host_digest import CHUNK_WORDS, MIX, digest_of_bytes
+
+_CHUNKS_AT_ONCE = 64
+"""On a GPU without Triton: few kernels, and 34 MB for their products."""
 _WORDS_AT_ONCE = 4096
 """By a program of the kernel."""
 
@@ -28,18 +28,21 @@ def digest(tensors: Sequence[torch.Tensor]) -> int:
 
 def digests(experts: Sequence[Sequence[torch.Tensor]]) -> list[int]:
     """The digest of each; on a GPU all of them by one kernel, where Triton is installed. All are on one device."""
-    kernels = _kernels() if experts and experts[0][0].is_cuda else None
+    if not experts or not experts[0][0].is_cuda:
+        return [digest_of_bytes(map(_bytes, tensors)) for tensors in experts]
+    kernels = _kernels()
     return [_sum(tensors) for tensors in experts] if kernels is None else _sums(kernels, experts)
 
 
 def _sum(tensors: Sequence[torch.Tensor]) -> int:
+    """By torch alone."""
     device = tensors[0].device
-    factors, at_once = _factors(device), _CHUNKS[device.type]
+    factors = _factors(device)
     sums: list[torch.Tensor] = []  # int64 arithmetic wraps, which is modulo 2^64
     for tensor in tensors:
         words = _words(tensor)
-        whole = words.numel() // _CHUNK_WORDS * _CHUNK_WORDS
-        sums += [(factors * chunks).sum(1) for chunks in words[:whole].view(-1, _CHUNK_WORDS).split(at_once)]
+        whole = words.numel() // CHUNK_WORDS * CHUNK_WORDS
+        sums += [(factors * chunks).sum(1) for chunks in words[:whole].view(-1, CHUNK_WORDS).split(_CHUNKS_AT_ONCE)]
         if whole < words.numel():
             sums.append((factors[: words.numel() - whole] * words[whole:]).sum().view(1))
     of_chunks = torch.cat(sums)
@@ -56,13 +59,13 @@ def _sums(kernels: Any, experts: Sequence[Sequence[torch.Tensor]]) -> list[int]:
             if not tensor.is_contiguous() or size % 4:
                 kept.append(tensor := _words(tensor))
             rows.append((tensor.data_ptr(), -(-size // 4), first, number))
-            first += -(-size // _CHUNK_BYTES)
+            first += -(-size // (4 * CHUNK_WORDS))
     table = torch.tensor(rows, dtype=torch.int64).to(device)
     sums = torch.zeros(len(experts), dtype=torch.int64, device=device)
-    most = max(-(-words // _CHUNK_WORDS) for _, words, *_ in rows)
+    most = max(-(-words // CHUNK_WORDS) for _, words, *_ in rows)
     powers = _powers(device, max(first for *_, first, _ in rows) + most)
     with torch.cuda.device(device):
-        kernels.add_chunks[(most, len(rows))](table, powers, sums, _MIX, _CHUNK_WORDS, _WORDS_AT_ONCE)
+        kernels.add_chunks[(most, len(rows))](table, powers, sums, MIX, CHUNK_WORDS, _WORDS_AT_ONCE)
     return [total % 2**63 for total in sums.tolist()]
 
 
@@ -78,14 +81,18 @@ def _kernels() -> Any:
 @cache
 def _factors(device: torch.device) -> torch.Tensor:
     """Of the words of a chunk."""
-    return torch.arange(_CHUNK_WORDS, device=device, dtype=torch.int64) * _MIX | 1
+    return torch.arange(CHUNK_WORDS, device=device, dtype=torch.int64) * MIX | 1
 
 
 @cache
 def _powers(device: torch.device, count: int) -> torch.Tensor:
-    """Of the chunks: 1, _MIX, _MIX^2, ..., as signed numbers of the same bits."""
-    powers = [pow(_MIX, exponent, 2**64) for exponent in range(count)]
+    """Of the chunks: 1, MIX, MIX^2, ..., as signed numbers of the same bits."""
+    powers = [pow(MIX, exponent, 2**64) for exponent in range(count)]
     return torch.tensor([power - 2**64 if power >= 2**63 else power for power in powers], device=device)
+
+
+def _bytes(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
 
 
 def _words(tensor: torch.Tensor) -> torch.Tensor:
