@@ -41,6 +41,9 @@ class ModelConfig:
     path: str = setting("", "folder of a Hugging Face safetensors checkpoint (config.json beside it)")
     dtype: str = setting("float32", f"weights and compute: one of {', '.join(DTYPES)} (auto: the checkpoint's own)")
     device: str = setting("auto", "cpu, cuda, or auto (cuda when there is a GPU for every local rank)")
+    load_from: str = setting(
+        "", "URL[,URL...] of running servers whose weights are taken; model.path needs no weights then"
+    )
 
     def validate(self) -> None:
         """Raise ValueError, naming the key and what is allowed, when a value cannot work."""
@@ -51,13 +54,16 @@ class ModelConfig:
         folder = Path(self.path)
         check(folder.is_dir(), "model.path", self.path, "no such folder; give a local checkpoint folder")
         check((folder / "config.json").is_file(), "model.path", self.path, "holds no config.json")
+        ok = all(url.startswith("http://") for url in self.seeds)
+        check(ok, "model.load_from", self.load_from, "must be empty, or http://HOST:PORT[,http://HOST:PORT...]")
         files = ("model.safetensors", "model.safetensors.index.json")
-        check(
-            any((folder / f).is_file() for f in files),
-            "model.path",
-            self.path,
-            f"holds neither {files[0]} nor {files[1]}",
-        )
+        ok = bool(self.seeds) or any((folder / f).is_file() for f in files)
+        check(ok, "model.path", self.path, f"holds neither {files[0]} nor {files[1]}")
+
+    @property
+    def seeds(self) -> list[str]:
+        """The URLs of `load_from`."""
+        return [url for url in self.load_from.split(",") if url]
 
 
 @dataclass
@@ -226,6 +232,14 @@ class ServerConfig:
             ipaddress.ip_address(self.host)
         except ValueError:
             check(_resolves(self.host), "server.host", self.host, "must be an IP address or a host name that resolves")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address or host name is of this host alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _resolves(host: str) -> bool:

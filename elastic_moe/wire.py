@@ -81,6 +81,15 @@ class Wire(msgspec.Struct, frozen=True):
             raise Forged(f"the record of {about} was not made with the secret of this launch")
         return record
 
+    def of_weights(self) -> "Wire":
+        """For requests for weights: its secret may be told to another instance, and opens nothing else."""
+        return Wire(self._derived(b"weights").hex()) if self.secret else self
+
+    @property
+    def token(self) -> str:
+        """What an HTTP client elsewhere shows to get what is not for everybody; empty without a secret."""
+        return self._derived(b"http token").hex() if self.secret else ""
+
     @property
     def _server_key(self) -> bytes:
         return z85.encode(self._derived(b"curve server"))

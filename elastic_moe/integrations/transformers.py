@@ -1,8 +1,10 @@
 """elasticize: give a transformers MoE model its experts in slots, spread over the ranks of a runtime."""
 
+import hashlib
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,10 +21,12 @@ from elastic_moe.runtime import ElasticRuntime
 from elastic_moe.weights.checkpoint import CheckpointReader
 from elastic_moe.weights.conversion import target_dtypes
 from elastic_moe.weights.disk import READERS, Disk
+from elastic_moe.weights.holders import Holders, other_members
+from elastic_moe.weights.instance import find_holders
 from elastic_moe.weights.manifest import DigestFile
-from elastic_moe.weights.materialize import materialize, set_tensor
+from elastic_moe.weights.materialize import materialize, set_tensor, untied
 from elastic_moe.weights.memory import InMemory
-from elastic_moe.weights.peers import Peers
+from elastic_moe.weights.shards import has_weights
 from elastic_moe.weights.sources import Origin, fill
 from elastic_moe.weights.store import ExpertStore
 
@@ -69,6 +73,7 @@ def elasticize(
     checkpoint: str | Path | None = None,
     slots_per_rank: int | None = None,
     redundant_slots: int = 0,
+    load_from: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> PreTrainedModel:
     """Replace the experts modules of `model`, in place, by `ElasticMoELayer`s and load this rank's slots.
@@ -83,6 +88,8 @@ def elasticize(
         checkpoint: folder with safetensors and config.json.
         slots_per_rank: S; default ceil(E / R) + `redundant_slots`.
         redundant_slots: spare slots per rank and layer, filled with replicas.
+        load_from: URLs of servers that run the same model: weights are taken from them, whatever their number of ranks,
+            and `checkpoint` is read for the rest; it may hold a config.json alone then.
         progress: told of the bytes read.
 
     Returns:
@@ -108,7 +115,7 @@ def elasticize(
         expert_bytes=max(layout.num_bytes for layout in layouts.values()),
     )
     if checkpoint is not None:
-        return _load(model, runtime, experts, CheckpointReader(checkpoint, model, layouts), progress)
+        return _load(model, runtime, experts, Path(checkpoint), load_from, progress)
     trains = any(p.requires_grad for module in experts.values() for p in module.parameters())
     held = [[getattr(module, name).detach() for name in layouts[key].names] for key, module in experts.items()]
     store = ExpertStore(_swap(model, runtime, experts), trains=trains)
@@ -139,58 +146,109 @@ def _load(
     model: PreTrainedModel,
     runtime: ElasticRuntime,
     experts: dict[str, nn.Module],
-    reader: CheckpointReader,
+    folder: Path,
+    seeds: Sequence[str],
     progress: Progress | None,
 ) -> PreTrainedModel:
-    """Everything of a checkpoint that this rank needs: from members if it is a newcomer, else from the disk."""
-    names, pool, peers = list(experts), runtime.pool, runtime.peers()
+    """Everything that this rank needs: from those who have it in memory (the members, if it is a newcomer; else the
+    instances `seeds`), then from the disk, if there is a checkpoint."""
+    names, pool = list(experts), runtime.pool
     layouts = {name: ExpertLayout.of_module(module) for name, module in experts.items()}
+    form = _form(layouts, model)
+    reader = CheckpointReader(folder, model, layouts) if has_weights(folder) else None
+    holders = _holders(runtime, seeds, form)
+    held = holders.holdings if holders else []
+    if reader is None and not held:
+        raise CheckpointError(_no_weights(folder, seeds, holders))
     goal = pool.placement.of_rank(runtime.rank)
+    dense_names = reader.dense_names() if reader else sorted({name for holding in held for name in holding.dense})
     counts = (goal != EMPTY).sum(axis=1).tolist()
-    total = reader.bytes_total_dense
-    total += sum(reader.bytes_per_expert(name) * count for name, count in zip(names, counts, strict=True))
+    total = sum(layouts[name].num_bytes * count for name, count in zip(names, counts, strict=True))
+    total += _dense_bytes(model, dense_names)
 
     def tell() -> None:
         if progress:
-            from_peers = pool.loaded.num_bytes[Origin.NODE] + pool.loaded.num_bytes[Origin.REMOTE]
-            progress(reader.bytes_read + from_peers + (peers.dense_bytes if peers else 0), total)
+            from_memory = sum(n for origin, n in pool.loaded.num_bytes.items() if origin is not Origin.DISK)
+            read = reader.bytes_read if reader else 0
+            progress(read + from_memory + (holders.dense_bytes if holders else 0), total)
 
-    reader.on_slice(runtime.pulse.beat)
-    had = _dense_from(peers, model, reader, runtime.device) if peers else ()
-    for name, tensor in reader.read_dense(runtime.device, but=had):
-        set_tensor(model, name, tensor)
-        tell()
+    had = _dense_from(holders, model, dense_names, runtime.device) if holders else set()
+    if reader is None and len(had) < len(dense_names):
+        lacking = next(name for name in dense_names if name not in had)
+        raise CheckpointError(f"{lacking} can be had from no running server, and {folder} holds no weights")
+    disk = None
+    if reader:
+        read = partial(_read_expert, reader, names)
+        disk = Disk(read, READERS[runtime.device.type])
+        reader.on_slice(runtime.pulse.beat)
+        for name, tensor in reader.read_dense(runtime.device, but=had):
+            set_tensor(model, name, tensor)
+            tell()
     store = ExpertStore(_swap(model, runtime, experts))
-    num_readers = READERS[runtime.device.type]
-    disk = Disk(lambda layer, expert, out: reader.read_expert(names[layer], expert, out), num_readers)
+    if holders and runtime.is_member:  # another instance's digests are the truth of this one
+        holders.tell_truth(store)
     pool.loaded.on_progress = tell
     try:
-        fill(store.wants(goal), store, [disk, *([peers] if peers else [])], pool.loaded)
+        fill(store.wants(goal), store, [source for source in (holders, disk) if source], pool.loaded)
     except TransferFailed as error:
-        if peers is None:  # a founder's own disk: nothing to wait for
+        if runtime.is_member:  # a founder has nothing to wait for
             raise CheckpointError(str(error)) from error
         raise
-    if peers:
-        log.info("dense weights: %.1f MB from members; experts: %s", peers.dense_bytes / 1e6, pool.loaded)
-        peers.close()
-    materialize(model, runtime.device, reader.missing)
+    if holders:
+        log.info("dense weights: %.1f MB from memory of others; experts: %s", holders.dense_bytes / 1e6, pool.loaded)
+        holders.close()
+    materialize(model, runtime.device, reader.missing if reader else untied(model))
     dense = model.state_dict()
-    form = list(layouts.values()), sorted(target_dtypes(model).items())
-    kept = DigestFile(reader.folder, reader.fingerprint, form)
-    runtime.hold(store, disk, {name: dense[name] for name in reader.dense_names()}, kept)
+    kept = DigestFile(folder, reader.fingerprint, form) if reader and not seeds else None
+    runtime.hold(store, disk, {name: dense[name] for name in dense_names}, kept, form)
     return model.eval()
 
 
+def _holders(runtime: ElasticRuntime, seeds: Sequence[str], form: str) -> Holders | None:
+    seat = runtime.seat
+    if not runtime.is_member:
+        find = partial(other_members, runtime.view, seat.member, seat.wire)
+    elif seeds:
+        find = partial(find_holders, seeds, seat.wire.token)
+    else:
+        return None
+    return Holders(find(), runtime.deadlines, form, find)
+
+
+def _read_expert(
+    reader: CheckpointReader, names: Sequence[str], layer: int, expert: int, out: Sequence[torch.Tensor]
+) -> int:
+    return reader.read_expert(names[layer], expert, out)
+
+
+def _form(layouts: Mapping[str, ExpertLayout], model: PreTrainedModel) -> str:
+    """Names how all weights lie in memory."""
+    form = list(layouts.values()), sorted(target_dtypes(model).items())
+    return hashlib.sha256(repr(form).encode()).hexdigest()[:16]
+
+
+def _no_weights(folder: Path, seeds: Sequence[str], holders: Holders | None) -> str:
+    if holders and holders.refused:
+        return f"model.load_from={','.join(seeds)}: its weights have another form: give the same model and model.dtype"
+    return f"model.load_from={','.join(seeds)}: no server there gives weights, and {folder} holds none"
+
+
+def _dense_bytes(model: PreTrainedModel, names: Collection[str]) -> int:
+    """As they are in memory."""
+    state, dtypes = model.state_dict(), target_dtypes(model)
+    return sum(state[name].numel() * dtypes[name].itemsize for name in names)
+
+
 def _dense_from(
-    peers: Peers, model: PreTrainedModel, reader: CheckpointReader, device: torch.device
+    holders: Holders, model: PreTrainedModel, names: Collection[str], device: torch.device
 ) -> Collection[str]:
-    """Take the dense weights of running members. Returns the names of those that were had."""
-    shapes, dtypes, had = model.state_dict(), target_dtypes(model), set()
-    for name in reader.dense_names():
-        tensor = torch.empty(shapes[name].shape, dtype=dtypes[name], device=device)
-        if peers.dense(name, tensor):
-            set_tensor(model, name, tensor)
-            had.add(name)
+    """Take dense weights from those who have them in memory. Returns the names of those that were had."""
+    state, dtypes = model.state_dict(), target_dtypes(model)
+    out = {name: torch.empty(state[name].shape, dtype=dtypes[name], device=device) for name in names}
+    had = set()
+    for name in holders.dense(out):
+        set_tensor(model, name, out[name])
+        had.add(name)
     return had
 
 

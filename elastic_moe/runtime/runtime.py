@@ -35,7 +35,8 @@ from elastic_moe.supervision.supervised import Supervised
 from elastic_moe.transport.staging import open_staging
 from elastic_moe.weights.disk import Disk
 from elastic_moe.weights.manifest import DigestFile
-from elastic_moe.weights.peers import Peers, WeightServer
+from elastic_moe.weights.server import WeightServer
+from elastic_moe.weights.shelf import EngineShelf
 from elastic_moe.weights.store import ExpertStore
 
 log = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ class ElasticRuntime:
         """Called, in another thread, when the group is about to change: a rank that sleeps outside must come."""
         self._topology = topology
         self._latch = Latch()
-        self._deadlines = deadlines or Deadlines.of(
+        self.deadlines = deadlines or Deadlines.of(
             topology.num_ranks, exchange_s=exchange_timeout_s, start_s=start_timeout_s
         )
         self._grow_slots, self._min_members = grow_slots, min_members
@@ -101,16 +102,16 @@ class ElasticRuntime:
         symmetric = self._exchange_config.kind == "symmetric"
         self._group_device = torch.device("cpu") if symmetric else device
         urls = lighthouses or view.lighthouses
-        self._membership = Membership(seat.member, urls, self._deadlines, self.fail, seat.wire)
+        self._membership = Membership(seat.member, urls, self.deadlines, self.fail, seat.wire)
         self._membership.on_turn = self.pulse.beat
         self._epoch = CurrentEpoch(seat.member, view, seat.signals, self._membership, lambda: self.on_change())
-        self._exchanges = exchanges_of(exchange, seat.member, topology.num_ranks, device, self._deadlines.exchange_s)
+        self._exchanges = exchanges_of(exchange, seat.member, topology.num_ranks, device, self.deadlines.exchange_s)
         self._pool: ExpertPool | None = None
         self._weight_server: WeightServer | None = None
         self._supervised: Supervised | None = None
-        self._epoch.listen(self._deadlines, self.fail)
+        self._epoch.listen(self.deadlines, self.fail)
         if view.has(self.rank, seat.member.incarnation):
-            groups = EpochGroups(view, self.rank, self._group_device, self._deadlines, seat.wire)
+            groups = EpochGroups(view, self.rank, self._group_device, self.deadlines, seat.wire)
             self._epoch.enter(view, groups.build())
             self._membership.start()
 
@@ -123,6 +124,7 @@ class ElasticRuntime:
         address: str = "",
         start_timeout_s: float = 120.0,
         alike: Mapping[str, str] | None = None,
+        weights_host: str = "",
         **settings: Any,
     ) -> "ElasticRuntime":
         """Meet the other ranks of the launch and build the first epoch's groups, collectively; or, for a process that
@@ -134,6 +136,7 @@ class ElasticRuntime:
             address: endpoint for front ends, of a process that serves requests.
             start_timeout_s: how long to wait for the others, and then for those that load slowly, in seconds.
             alike: what all ranks must have the same, by names that a user knows.
+            weights_host: address on which others may ask for weights; empty: that of the other sockets.
             **settings: see the constructor.
 
         Raises:
@@ -143,7 +146,7 @@ class ElasticRuntime:
         supervised = Supervised.of_launch(start) if isinstance(start, Launch) else None
         if isinstance(start, Launch):
             start = supervised.start if supervised else SeatStart(start)
-        server = WeightServer(host_of(start.launch), start.launch.wire)
+        server = WeightServer(weights_host or host_of(start.launch), start.launch.wire.of_weights())
         seat = Seat(start, address=address, weights=server.address, alike=alike)
         view = start.rejoin or meet(start.launch, seat, start_timeout_s)
         refuse_a_stranger(seat, view)
@@ -152,13 +155,18 @@ class ElasticRuntime:
         if supervised:
             runtime._supervised = supervised
             runtime.on_view.append(supervised.tell_view)
-            supervised.begin(view, runtime.beat, runtime._deadlines.beat_s)
+            supervised.begin(view, runtime.beat, runtime.deadlines.beat_s)
         return runtime
 
     @property
     def view(self) -> View:
         """The current members; of a process that is not one yet, the last known."""
         return self._epoch.view
+
+    @property
+    def is_member(self) -> bool:
+        """Whether this process has been taken in."""
+        return self._epoch.is_entered
 
     @property
     def groups(self) -> EpochGroups:
@@ -208,11 +216,11 @@ class ElasticRuntime:
             PlacementRegistry(placement, self.rank, self._topology, self.device),
             self._exchanges,
             open_staging(
-                self._exchange_config, eplb, me, self._topology, self.device, self._deadlines.exchange_s, expert_bytes
+                self._exchange_config, eplb, me, self._topology, self.device, self.deadlines.exchange_s, expert_bytes
             ),
             eplb,
             self.device,
-            self._deadlines,
+            self.deadlines,
             steps=lambda: self.steps,
             wake=lambda: self.on_change(),
             committed=self._hooks.call_placement_changed,
@@ -229,6 +237,7 @@ class ElasticRuntime:
         disk: Disk | None = None,
         dense: Mapping[str, torch.Tensor] | None = None,
         kept: DigestFile | None = None,
+        form: str = "",
     ) -> None:
         """Take the experts of this rank, loaded as the placement says, in order to move and restore them later.
 
@@ -237,6 +246,7 @@ class ElasticRuntime:
             disk: where an expert comes from that no live rank holds (the checkpoint).
             dense: the other tensors by their names in the state dict, for newcomers.
             kept: the digests that an earlier start has found.
+            form: see `Holding.form`.
 
         Raises:
             ValueError: see `ExpertPool.hold`; `Undecided`, see `settle`.
@@ -245,18 +255,11 @@ class ElasticRuntime:
         self.pool.hold(store, disk)
         store.record_digests()
         if self._epoch.is_entered:
-            with self.groups.control.patient(self._deadlines.start_s):  # for those that load slowly
+            with self.groups.control.patient(self.deadlines.start_s):  # for those that load slowly
                 self.pool.settle(self.view, self.groups, dense or {}, kept)
             self.pool.balance(self.view, self.groups, changed=False)
         if self._weight_server is not None and dense is not None:
-            self._weight_server.start(dense, store, self.fail)
-
-    def peers(self) -> Peers | None:
-        """Where a newcomer takes its weights from, before the disk; None for a process that is a member."""
-        if self._epoch.is_entered:
-            return None
-        others = [m for m in self.view.members if m.rank != self.rank]
-        return Peers(others, self.seat.member.node, self._deadlines, self.seat.wire)
+            self._weight_server.start(EngineShelf(store, dense, form), self.fail)
 
     def agree(self, *flags: int) -> list[int]:
         """The largest value of each flag over all ranks. Collective; every rank gives as many flags.
@@ -269,7 +272,7 @@ class ElasticRuntime:
         self.handshakes += 1
         self.pulse.beat()
         if self._pool is not None:
-            with self.pulse.expects(self._deadlines.wait_s):  # the others may have to come to this step first
+            with self.pulse.expects(self.deadlines.wait_s):  # the others may have to come to this step first
                 self._pool.balancer.enter_step(self.handshakes)
         *agreed, joining = self.groups.control.all_reduce_max([*flags, int(self._epoch.somebody_joins)])
         if joining:
@@ -279,7 +282,7 @@ class ElasticRuntime:
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
         """One forward, in one epoch and one placement version. Counted in `steps` when it finishes."""
-        with self.pulse.expects(self._deadlines.wait_s if self.device.type == "cuda" else self.pulse.within_s):
+        with self.pulse.expects(self.deadlines.wait_s if self.device.type == "cuda" else self.pulse.within_s):
             yield
             self.pool.exchange.check()
         self.steps += 1
@@ -329,7 +332,7 @@ class ElasticRuntime:
         """What to tell a supervisor: that this process lives, and that its main thread gets on. From any thread."""
         within_s = self.pulse.within_s
         if within_s is not None and self._epoch.is_entered and self.groups.waiting(self._thread):
-            within_s = max(within_s, self._deadlines.wait_s)
+            within_s = max(within_s, self.deadlines.wait_s)
         turns = self.groups.turns if self._epoch.is_entered else 0
         return Beat(self.pulse.count + turns, within_s)
 
@@ -359,7 +362,7 @@ class ElasticRuntime:
             pool.store,
             pool.disk,
             self._group_device,
-            deadlines=self._deadlines,
+            deadlines=self.deadlines,
             pulse=self.pulse,
             slots_per_rank=pool.slots_per_rank,
             grow_slots=self._grow_slots,
@@ -367,7 +370,7 @@ class ElasticRuntime:
             wire=self.seat.wire,
         )
         newcomer = not self._epoch.is_entered
-        with self.pulse.expects(self._deadlines.progress_s):
+        with self.pulse.expects(self.deadlines.progress_s):
             placement, report = recovery.run(self.view, pool.placement.version, reason, newcomer=newcomer)
             pool.registry.commit(placement)
             pool.enter(self.view, self.groups)

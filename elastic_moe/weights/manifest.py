@@ -6,7 +6,6 @@ a single vote, see `truth`.
 """
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -25,9 +24,9 @@ CACHE = Path("~/.cache/elastic_moe")
 class DigestFile:
     """Of one checkpoint, in one form."""
 
-    def __init__(self, folder: Path, fingerprint: str, form: object) -> None:
-        """`fingerprint` names the checkpoint by its headers, `form` is how its weights lie in memory."""
-        self._fingerprint = f"{fingerprint}-{hashlib.sha256(repr(form).encode()).hexdigest()[:16]}"
+    def __init__(self, folder: Path, fingerprint: str, form: str) -> None:
+        """`fingerprint` names the checkpoint by its headers, `form` how its weights lie in memory."""
+        self._fingerprint = f"{fingerprint}-{form}"
         self._places = [folder / FILE]
         with contextlib.suppress(RuntimeError):  # there is no home
             self._places.append(CACHE.expanduser() / f"{self._fingerprint}.json")

@@ -61,6 +61,12 @@ def materialize(model: "PreTrainedModel", device: torch.device | str, init: Coll
         raise RuntimeError(f"{len(left)} tensors are still on the meta device: {', '.join(left[:4])}")
 
 
+def untied(model: "PreTrainedModel") -> set[str]:
+    """Names of what is still on the meta device, but for what shares another tensor's memory."""
+    tied = model.all_tied_weights_keys.keys() | model.all_tied_weights_keys.values()
+    return {name for name, tensor in model.state_dict().items() if tensor.is_meta} - tied
+
+
 def _absent(model: "PreTrainedModel", on_meta: set[str]) -> set[str]:
     """Names without data, as `tie_weights` wants them: of a tied group that has none at all, the source counts as
     there, for it gets the memory that the others share."""

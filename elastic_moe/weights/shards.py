@@ -31,6 +31,11 @@ _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether there is a checkpoint in it, complete or not."""
+    return (folder / _SINGLE).is_file() or (folder / _INDEX).is_file()
+
+
 class _Tensor(NamedTuple):
     path: Path
     file: int

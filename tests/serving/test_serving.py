@@ -6,7 +6,6 @@ import time
 from collections.abc import Awaitable, Callable
 
 import httpx
-import msgspec
 import psutil
 import pytest
 import zmq
@@ -18,7 +17,8 @@ from support.server import Server, num_requests, wait_until
 from elastic_moe.membership.signals import PeerDied, encode
 from elastic_moe.serving.protocol import AskLoads
 from elastic_moe.serving.protocol import encode as encode_serving
-from elastic_moe.weights.peers import WeightRequest
+from elastic_moe.weights.holding import GiveExpert
+from elastic_moe.weights.holding import encode as encode_request
 
 pytestmark = pytest.mark.xdist_group("server")
 
@@ -257,7 +257,7 @@ def test_a_stranger_on_this_host_gets_nothing_and_removes_nobody(server: Server,
     died = PeerDied(1, next(m["incarnation"] for m in before["members"] if m["rank"] == 1))
     words = [
         encode(died),
-        msgspec.json.encode(WeightRequest(layer=0, expert=0)),
+        encode_request(GiveExpert(0, 0)),
         encode_serving(AskLoads("ask")),
         random.Random(2).randbytes(1000),
     ]

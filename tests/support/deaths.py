@@ -19,9 +19,9 @@ from elastic_moe.integrations import transformers as integration
 from elastic_moe.membership.quorum import Membership
 from elastic_moe.placement.registry import PlacementRegistry
 from elastic_moe.runtime import ElasticRuntime
-from elastic_moe.weights import peers
 from elastic_moe.weights.checkpoint import CheckpointReader
 from elastic_moe.weights.disk import Disk
+from elastic_moe.weights.shelf import EngineShelf
 from elastic_moe.weights.store import ExpertStore
 
 
@@ -103,7 +103,7 @@ def set_trap(death: Death) -> None:
 
         Recovery._enter = wrapped_enter
     elif death.point == BUG:
-        peers._copy_of = lambda *_: 1 // 0  # pyright: ignore[reportAttributeAccessIssue]
+        EngineShelf.expert = lambda *_: 1 // 0  # pyright: ignore[reportAttributeAccessIssue]
     elif death.point == "accept":
         once_loaded(lambda _disk: wrap(ExpertStore, "accept"))
     elif death.point not in OF_THE_WORK:
@@ -129,8 +129,8 @@ def lie(how: str) -> None:
         return tensor
 
     if how == "gives wrong weights":
-        right = peers._bytes_of
-        peers._bytes_of = lambda tensor: right(flip(tensor.clone()))
+        right = EngineShelf._gift
+        EngineShelf._gift = lambda self, tensors, known: right(self, [flip(t.clone()) for t in tensors], known)
     elif how == "has a bad disk":
 
         def go_bad(disk: Disk) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from elastic_moe.config import ServeConfig
-from elastic_moe.weights.shards import Shards
+from elastic_moe.weights.shards import Shards, has_weights
 
 ELASTIC = ("redundant_slots", "slots_per_rank", "grow_slots", "min_members")
 OF_THE_DIGEST = 12
@@ -29,7 +29,8 @@ def alike(config: ServeConfig, dtype: torch.dtype) -> dict[str, str]:
         "torch's version": ".".join(torch.__version__.split(".")[:2]),
         "model.dtype": str(dtype).removeprefix("torch."),
         "model.path: config.json": _digest(folder / "config.json"),
-        "model.path: names, sizes and shapes of its weights": Shards(folder).fingerprint[:OF_THE_DIGEST],
+        "model.path: names, sizes and shapes of its weights": _weights(folder),
+        "model.load_from": config.model.load_from or "none",
         "eplb.initial_loads: the file": _digest(Path(loads)) if loads else "none",
     }
     found |= {f"elastic.{key}": str(elastic[key]) for key in ELASTIC}
@@ -39,6 +40,10 @@ def alike(config: ServeConfig, dtype: torch.dtype) -> dict[str, str]:
 
 def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:OF_THE_DIGEST] if path.is_file() else "none"
+
+
+def _weights(folder: Path) -> str:
+    return Shards(folder).fingerprint[:OF_THE_DIGEST] if has_weights(folder) else "none"
 
 
 def _version() -> str:

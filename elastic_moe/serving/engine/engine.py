@@ -15,7 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColu
 from transformers import PreTrainedModel
 
 from elastic_moe.background import end_process, start_thread
-from elastic_moe.config import ModelConfig, ServeConfig
+from elastic_moe.config import ModelConfig, ServeConfig, is_loopback
 from elastic_moe.errors import BatchFailed, ElasticError, NotEnoughMembers, NotEnoughSlots, PeerLost, TransferFailed
 from elastic_moe.integrations.transformers import LoadTimer, elasticize, find_experts, meta_model
 from elastic_moe.membership.launch import Launch, host_of
@@ -99,6 +99,7 @@ class Engine:
             device=device,
             address=self._mailbox.address,
             alike=self._alike,
+            weights_host=self._weights_host(),
             start_timeout_s=self._deadlines.start_s,
             deadlines=self._deadlines,
             pulse=self._pulse,
@@ -108,6 +109,12 @@ class Engine:
             eplb=self._config.eplb,
             exchange=self._config.exchange,
         )
+
+    def _weights_host(self) -> str:
+        """Whoever may ask this server from elsewhere may ask for its weights there, too, with its token."""
+        launch, host = self._seat.launch, self._config.server.host
+        one_node = launch.world_size == launch.local_world_size
+        return host if one_node and not is_loopback(host) else ""
 
     def _load(self, model: PreTrainedModel) -> PreTrainedModel:
         config, timer = self._config, LoadTimer()
@@ -127,6 +134,7 @@ class Engine:
                 checkpoint=config.model.path,
                 slots_per_rank=config.elastic.slots_per_rank,
                 redundant_slots=config.elastic.redundant_slots,
+                load_from=config.model.seeds,
                 progress=progress,
             )
         self._load_seconds = time.monotonic() - begin

@@ -20,6 +20,7 @@ from elastic_moe.serving.front_end.journal import Entry, Journal, Owner
 from elastic_moe.serving.front_end.metrics import Metrics
 from elastic_moe.serving.front_end.routing import choose_rank
 from elastic_moe.serving.protocol import Cancel, Event, Finish, Hello, Loads, Phase, Sampling, Status, Tokens
+from elastic_moe.weights.holding import HolderAddress, InstanceWeights
 from elastic_moe.wire import PLAIN, Wire
 
 HELLO_INTERVAL_S = 1.0
@@ -206,6 +207,20 @@ class Gateway:
             requests=RequestStatus(running=len(self._journal) - num_waiting, waiting=num_waiting),
             members=members,
         )
+
+    def weights(self, model: str) -> InstanceWeights:
+        """Who holds the weights of `model` now, for another instance that reads them.
+
+        Raises:
+            Unavailable: nobody does.
+        """
+        view = self._view
+        if view is None:
+            raise Unavailable("no rank has loaded the weights yet")
+        placement = self.status().placement
+        holders = [HolderAddress(m.weights, "engine", m.node, m.rank) for m in view.members if m.weights]
+        key = self._wire.of_weights().secret
+        return InstanceWeights(model, view.epoch, view.digest, placement.version, placement.hash, holders, key)
 
     def stop(self, reason: str) -> None:
         """Take no more requests, and end those in flight with an error that says why."""

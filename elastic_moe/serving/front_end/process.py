@@ -72,7 +72,7 @@ async def serve(start: FrontEndStart, listener: socket.socket, model: ServedMode
             wire=start.wire,
         )
         with contextlib.closing(gateway):
-            server = HttpServer(create_app(gateway, model), config.log_level)
+            server = HttpServer(create_app(gateway, model, start.wire.token), config.log_level)
             serving = tasks.create_task(server.serve([listener]))
             channel.send(Ready(detail=url_of(listener)))
             while isinstance(message := await inbox.get(), ViewChanged):

@@ -1,0 +1,91 @@
+"""The words between a holder of weights and whoever reads from it: what is there, and what is asked for. Without torch.
+
+A holder is any process that has weights in memory and gives them away. The manifest of an instance is in two parts:
+`InstanceWeights` names its holders, and each holder's `Holding` what it has, with the digests of its group.
+"""
+
+import msgspec
+
+
+class Greet(msgspec.Struct, tag="greet", frozen=True):
+    """What is there? Answered with a `Holding`."""
+
+
+class GiveDense(msgspec.Struct, tag="dense", frozen=True):
+    """A tensor by its name in the state dict. Answered with a `Given`."""
+
+    name: str
+
+
+class GiveExpert(msgspec.Struct, tag="expert", frozen=True):
+    """An expert of an MoE layer. Answered with a `Given`."""
+
+    layer: int
+    expert: int
+
+
+Request = Greet | GiveDense | GiveExpert
+
+
+class DenseTensor(msgspec.Struct, frozen=True):
+    """How a dense tensor looks. Its digest is that of the group, UNKNOWN (-1) while there is none."""
+
+    dtype: str
+    """As torch names it: `torch.bfloat16`."""
+    shape: list[int]
+    digest: int
+
+
+class Holding(msgspec.Struct, tag="holding", frozen=True):
+    """What one holder has, when it was asked. Experts may move meanwhile: whoever reads compares digests."""
+
+    form: str = ""
+    """Names how weights lie in memory: layouts and dtypes. Only holders of one form can give to each other."""
+    num_layers: int = 0
+    num_experts: int = 0
+    experts: list[tuple[int, int, int]] = []
+    """(layer, expert, digest) of each; of the group, UNKNOWN (-1) while there is none."""
+    dense: dict[str, DenseTensor] = {}
+
+
+class Given(msgspec.Struct, tag="given", frozen=True):
+    """What follows, one frame of raw bytes per tensor; nothing when it is not there."""
+
+    dtypes: list[str] = []
+    shapes: list[list[int]] = []
+    digest: int = 0
+
+
+Answer = Holding | Given
+
+
+class HolderAddress(msgspec.Struct, frozen=True):
+    """Where to ask a holder of an instance."""
+
+    address: str
+    """ZMQ endpoint, as the holder names it. `0.0.0.0` is the host that was asked for the manifest."""
+    kind: str
+    """`engine` or `backup`."""
+    node: int
+    rank: int = -1
+    """Of an engine."""
+
+
+class InstanceWeights(msgspec.Struct, frozen=True):
+    """`GET /elastic/weights`: who holds the weights of a running instance."""
+
+    model: str
+    epoch: int
+    view: str
+    """Digest of the members."""
+    placement_version: int
+    placement_hash: str
+    holders: list[HolderAddress]
+    key: str
+    """What requests for weights are sealed with; empty in a launch without a secret. It opens nothing else."""
+
+
+encode = msgspec.json.Encoder().encode
+decode_request = msgspec.json.Decoder(Request).decode
+decode_answer = msgspec.json.Decoder(Answer).decode
+decode_instance = msgspec.json.Decoder(InstanceWeights).decode
