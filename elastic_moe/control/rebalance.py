@@ -27,7 +27,7 @@ from elastic_moe.placement.registry import PlacementRegistry, Tables
 from elastic_moe.placement.topology import Topology
 from elastic_moe.placement.transfers import TransferPlan, plan_transfers
 from elastic_moe.transport.staging import MEGABYTE, Staging, Transfer
-from elastic_moe.weights.disk import Disk
+from elastic_moe.weights.reserves import Reserves
 from elastic_moe.weights.sources import Account, Until, Want, fill
 from elastic_moe.weights.staged import Replicas, Staged
 from elastic_moe.weights.store import ExpertStore
@@ -138,7 +138,7 @@ class Round:
         group: Group,
         registry: PlacementRegistry,
         store: ExpertStore,
-        disk: Disk,
+        reserves: Reserves,
         config: EplbConfig,
         staging: Staging,
         *,
@@ -152,7 +152,7 @@ class Round:
             rank: EP rank of this process.
             group: on the CPU.
             registry, store: what is placed and held here.
-            disk: where experts come from that came wrong.
+            reserves: where experts come from that came wrong.
             config: budgets.
             staging: how experts come.
             swap: how a chunk becomes current.
@@ -164,7 +164,7 @@ class Round:
         self._group = group
         self._registry = registry
         self._store = store
-        self._disk = disk
+        self._reserves = reserves
         self._config = config
         self._staging = staging
         self._swap = swap
@@ -280,7 +280,7 @@ class Round:
         wants = [Want(move.layer, move.expert, move.target % plan.slots_per_rank) for move in mine]
         vote = Vote(group, account)
         until = Until(time.monotonic() + group.timeout_s)  # the others wait so long in their vote
-        sources = [Replicas(self._staging, transfer, staged), self._disk]
+        sources = [Replicas(self._staging, transfer, staged), *self._reserves.own]
         fill(wants, staged, sources, account, until=until, any_lacks=vote)
         return staged, vote.num_bytes
 

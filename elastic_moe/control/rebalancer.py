@@ -23,7 +23,7 @@ from elastic_moe.placement.loads import LoadCounter, LoadWindow
 from elastic_moe.placement.placement import Placement
 from elastic_moe.placement.registry import PlacementRegistry
 from elastic_moe.transport.staging import Staging
-from elastic_moe.weights.disk import Disk
+from elastic_moe.weights.reserves import Reserves
 from elastic_moe.weights.store import ExpertStore
 
 AFTER_CHANGE_S = 2.0
@@ -85,12 +85,12 @@ class Rebalancer:
         """Of the rounds that have ended; for the step loop."""
 
     def begin_epoch(
-        self, view: View, groups: EpochGroups, store: ExpertStore, disk: Disk | None, *, changed: bool
+        self, view: View, groups: EpochGroups, store: ExpertStore, reserves: Reserves, *, changed: bool
     ) -> None:
         """Balance in this epoch from now on; `changed`: the members are others than before, so a round is due soon."""
         self.end_epoch()
-        if self.config.mode != "off" and disk is not None:
-            session = self._session = _Session(self, view, groups, store, disk, changed=changed)
+        if self.config.mode != "off" and reserves:
+            session = self._session = _Session(self, view, groups, store, reserves, changed=changed)
             self._thread = start_thread("rebalance", session.run, self._thread, on_error=self.on_error)
 
     def end_epoch(self) -> None:
@@ -168,7 +168,14 @@ class _Session:
     """The thread of one epoch. It ends with the epoch's groups; a lost peer is kept for the step loop."""
 
     def __init__(
-        self, owner: Rebalancer, view: View, groups: EpochGroups, store: ExpertStore, disk: Disk, *, changed: bool
+        self,
+        owner: Rebalancer,
+        view: View,
+        groups: EpochGroups,
+        store: ExpertStore,
+        reserves: Reserves,
+        *,
+        changed: bool,
     ) -> None:
         self.gate = StepGate(owner.wake)
         self.error: PeerLost | None = None
@@ -176,7 +183,7 @@ class _Session:
         self._view = view
         self._groups = groups
         self._store = store
-        self._disk = disk
+        self._reserves = reserves
         self._changed = changed
         self._last_said: np.ndarray | None = None
 
@@ -228,7 +235,7 @@ class _Session:
             group,
             owner.registry,
             self._store,
-            self._disk,
+            self._reserves,
             owner.config,
             owner.staging,
             swap=self.gate.run if asynchronous else lambda act: act(),

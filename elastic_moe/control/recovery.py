@@ -24,7 +24,7 @@ from elastic_moe.placement.placement import EMPTY, Placement, fewest_slots
 from elastic_moe.placement.repair import grow, lower_bound_moves, repair, shrink
 from elastic_moe.placement.topology import Topology
 from elastic_moe.pulse import Pulse
-from elastic_moe.weights.disk import Disk, OtherDisks
+from elastic_moe.weights.reserves import Reserves
 from elastic_moe.weights.sources import Account, Until, fill
 from elastic_moe.weights.store import UNKNOWN, ExpertStore
 from elastic_moe.wire import PLAIN, Wire
@@ -51,7 +51,7 @@ class Recovery:
         epoch: CurrentEpoch,
         topology: Topology,
         store: ExpertStore,
-        disk: Disk | None,
+        reserves: Reserves,
         device: torch.device,
         *,
         deadlines: Deadlines,
@@ -69,7 +69,7 @@ class Recovery:
         self._epoch = epoch
         self._topology = topology
         self._store = store
-        self._disk = disk
+        self._reserves = reserves
         self._device = device
         self._deadlines = deadlines
         self._pulse = pulse
@@ -154,7 +154,7 @@ class Recovery:
         placement = self._plan(held, view, version + 1)
         vote = Vote(groups.control, account, before=lambda: self._enter(Phase.COMMIT))
         until = Until(is_cancelled=lambda: self._epoch.is_left)
-        sources = [self._disk, OtherDisks(self._disk, store, groups)] if self._disk else []
+        sources = self._reserves.all(store, groups)
         try:
             fill(store.wants(placement.of_rank(self._me.rank)), store, sources, account, until=until, any_lacks=vote)
         finally:

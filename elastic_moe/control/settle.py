@@ -13,8 +13,9 @@ from elastic_moe.group.epoch_groups import EpochGroups
 from elastic_moe.group.process_group import Group
 from elastic_moe.group.view import View
 from elastic_moe.weights.digest import digest
-from elastic_moe.weights.disk import Disk, OtherDisks
+from elastic_moe.weights.disk import Disk
 from elastic_moe.weights.manifest import DigestFile
+from elastic_moe.weights.reserves import Reserves
 from elastic_moe.weights.sources import Account, fill
 from elastic_moe.weights.store import UNKNOWN, ExpertStore
 from elastic_moe.weights.truth import Truth, agree
@@ -63,7 +64,7 @@ def settle(
     groups: EpochGroups,
     goal: np.ndarray,
     store: ExpertStore,
-    disk: Disk | None,
+    reserves: Reserves,
     dense: Mapping[str, torch.Tensor],
     kept: DigestFile | None,
 ) -> None:
@@ -74,7 +75,7 @@ def settle(
         groups: theirs.
         goal: int32 [L, S], what this rank has to hold.
         store: what it holds.
-        disk: where its experts came from, if it was a checkpoint.
+        reserves: where its experts came from.
         dense: the other tensors; overwritten where they are wrong.
         kept: the digests of an earlier start.
 
@@ -83,7 +84,7 @@ def settle(
         TransferFailed: an expert is right nowhere.
         PeerLost: a peer died, left, or missed the deadline.
     """
-    group, things = groups.control, _Things(store, disk, dense)
+    group, things = groups.control, _Things(store, reserves.disk, dense)
     earlier = kept.load() if kept else None
     if earlier is None or earlier.shape != things.held.shape:
         earlier = np.full_like(things.held, UNKNOWN)
@@ -94,7 +95,7 @@ def settle(
         if name := things.dense_name(thing):
             _spread(group, dense[name], is_right=bool(things.held[thing] == truth.digests[thing]))
     store.trust(truth.digests[: things.num_experts].reshape(store.digests.shape))
-    sources = [disk, OtherDisks(disk, store, groups)] if disk else []
+    sources = reserves.all(store, groups)
     account = Account()
     fill(store.wants(goal), store, sources, account, any_lacks=Vote(group, account))
     if kept and nodes.index(nodes[group.rank]) == group.rank and not np.array_equal(earlier, truth.digests):

@@ -26,8 +26,9 @@ from elastic_moe.weights.instance import find_holders
 from elastic_moe.weights.manifest import DigestFile
 from elastic_moe.weights.materialize import materialize, set_tensor, untied
 from elastic_moe.weights.memory import InMemory
+from elastic_moe.weights.reserves import FoundHolders
 from elastic_moe.weights.shards import has_weights
-from elastic_moe.weights.sources import Origin, fill
+from elastic_moe.weights.sources import Origin, Source, fill
 from elastic_moe.weights.store import ExpertStore
 
 log = logging.getLogger(__name__)
@@ -200,19 +201,24 @@ def _load(
     materialize(model, runtime.device, reader.missing if reader else untied(model))
     dense = model.state_dict()
     kept = DigestFile(folder, reader.fingerprint, form) if reader and not seeds else None
-    runtime.hold(store, disk, {name: dense[name] for name in dense_names}, kept, form)
+    runtime.hold(store, disk, {name: dense[name] for name in dense_names}, kept, form, _others(runtime, seeds, form))
     return model.eval()
 
 
 def _holders(runtime: ElasticRuntime, seeds: Sequence[str], form: str) -> Holders | None:
+    """Who has the weights in memory: the members for a newcomer, and the seeds for all."""
     seat = runtime.seat
-    if not runtime.is_member:
-        find = partial(other_members, runtime.view, seat.member, seat.wire)
-    elif seeds:
+    if runtime.is_member:
         find = partial(find_holders, seeds, seat.wire.token)
-    else:
-        return None
-    return Holders(find(), runtime.deadlines, form, find)
+        return Holders(find(), runtime.deadlines, form, find) if seeds else None
+    members = other_members(runtime.view, seat.member, seat.wire)
+    return Holders(members, runtime.deadlines, form, lambda: [*members, *find_holders(seeds, seat.wire.token)])
+
+
+def _others(runtime: ElasticRuntime, seeds: Sequence[str], form: str) -> list[Source]:
+    """Where lost experts come from beside the disk."""
+    find = partial(find_holders, seeds, runtime.seat.wire.token)
+    return [FoundHolders(Origin.INSTANCE, find, runtime.deadlines, form, runtime.pulse)] if seeds else []
 
 
 def _read_expert(

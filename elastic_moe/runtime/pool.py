@@ -20,8 +20,8 @@ from elastic_moe.placement.registry import PlacementRegistry
 from elastic_moe.pulse import Pulse
 from elastic_moe.runtime.idle import IdleForward
 from elastic_moe.transport.staging import Staging
-from elastic_moe.weights.disk import Disk
 from elastic_moe.weights.manifest import DigestFile
+from elastic_moe.weights.reserves import Reserves
 from elastic_moe.weights.sources import Account
 from elastic_moe.weights.store import ExpertStore
 
@@ -83,8 +83,8 @@ class ExpertPool:
         self.idle = IdleForward()
         self.loaded = Account()
         """What this process has loaded its experts from, at its start."""
-        self.disk: Disk | None = None
-        """The checkpoint, if there is one."""
+        self.reserves = Reserves()
+        """Where experts come from that no live rank holds."""
         self._exchanges = exchanges
         self._exchange: TokenExchange | None = None
         self._store: ExpertStore | None = None
@@ -104,22 +104,22 @@ class ExpertPool:
         """The experts held here; RuntimeError before `hold`."""
         return _known(self._store, "no experts are held yet: call runtime.hold or elasticize first")
 
-    def hold(self, store: ExpertStore, disk: Disk | None) -> None:
+    def hold(self, store: ExpertStore, reserves: Reserves) -> None:
         """Take the experts of this rank, loaded as the placement says, in order to move and restore them later.
 
         Raises:
-            ValueError: experts shall be balanced, but there is no `disk`: a loss amid a move could not be mended.
+            ValueError: experts shall be balanced, but there are no `reserves`: a loss amid a move could not be mended.
         """
         mode = self.balancer.config.mode
-        if disk is None and mode != "off":
+        if not reserves and mode != "off":
             raise ValueError(f"eplb.mode={mode} needs a checkpoint; elasticize with checkpoint=, or use off")
-        self._store, self.disk = store, disk
+        self._store, self.reserves = store, reserves
 
     def settle(
         self, view: View, groups: EpochGroups, dense: Mapping[str, torch.Tensor], kept: DigestFile | None
     ) -> None:
         """All members hold the same bytes from here on, see `control.settle`. Collective."""
-        settle(view, groups, self.placement.of_rank(self.registry.rank), self.store, self.disk, dense, kept)
+        settle(view, groups, self.placement.of_rank(self.registry.rank), self.store, self.reserves, dense, kept)
 
     def enter(self, view: View, groups: EpochGroups) -> None:
         """Tokens travel among the members of `view` from now on. Collective."""
@@ -127,7 +127,7 @@ class ExpertPool:
 
     def balance(self, view: View, groups: EpochGroups, *, changed: bool) -> None:
         """Balance in the epoch of `view`; `changed`: its members are others than before."""
-        self.balancer.begin_epoch(view, groups, self.store, self.disk, changed=changed)
+        self.balancer.begin_epoch(view, groups, self.store, self.reserves, changed=changed)
 
     def join_idle(self) -> None:
         """Go through all layers without tokens, and do this rank's share for the others.

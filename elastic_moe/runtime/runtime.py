@@ -35,8 +35,10 @@ from elastic_moe.supervision.supervised import Supervised
 from elastic_moe.transport.staging import open_staging
 from elastic_moe.weights.disk import Disk
 from elastic_moe.weights.manifest import DigestFile
+from elastic_moe.weights.reserves import Reserves
 from elastic_moe.weights.server import WeightServer
 from elastic_moe.weights.shelf import EngineShelf
+from elastic_moe.weights.sources import Source
 from elastic_moe.weights.store import ExpertStore
 
 log = logging.getLogger(__name__)
@@ -238,6 +240,7 @@ class ElasticRuntime:
         dense: Mapping[str, torch.Tensor] | None = None,
         kept: DigestFile | None = None,
         form: str = "",
+        others: Sequence[Source] = (),
     ) -> None:
         """Take the experts of this rank, loaded as the placement says, in order to move and restore them later.
 
@@ -247,12 +250,13 @@ class ElasticRuntime:
             dense: the other tensors by their names in the state dict, for newcomers.
             kept: the digests that an earlier start has found.
             form: see `Holding.form`.
+            others: where lost experts come from beside `disk`.
 
         Raises:
             ValueError: see `ExpertPool.hold`; `Undecided`, see `settle`.
             PeerLost: a peer died, left, or missed the deadline.
         """
-        self.pool.hold(store, disk)
+        self.pool.hold(store, Reserves(disk, others))
         store.record_digests()
         if self._epoch.is_entered:
             with self.groups.control.patient(self.deadlines.start_s):  # for those that load slowly
@@ -306,11 +310,7 @@ class ElasticRuntime:
 
     def finish(self) -> None:
         """Take part, without tokens, in what the others still run, until every rank of the launch has come here, also
-        those that are dead now and come back; then leave the group for good.
-
-        Raises:
-            NotEnoughSlots, TransferFailed: the experts cannot be restored.
-        """
+        those that are dead now and come back; then leave the group for good. Raises as `run` does."""
         while others_run(self, self._topology.num_ranks):
             pass
         with contextlib.suppress(PeerLost):
@@ -320,11 +320,7 @@ class ElasticRuntime:
         self.close()
 
     def join_idle(self) -> None:
-        """Take part in one forward of the others without tokens.
-
-        Raises:
-            PeerLost: a peer died, left, or missed the deadline.
-        """
+        """Take part in one forward of the others without tokens. Raises PeerLost."""
         with self.step():
             self.pool.join_idle()
 
@@ -360,7 +356,7 @@ class ElasticRuntime:
             self._epoch,
             self._topology,
             pool.store,
-            pool.disk,
+            pool.reserves,
             self._group_device,
             deadlines=self.deadlines,
             pulse=self.pulse,

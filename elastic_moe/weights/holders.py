@@ -129,8 +129,8 @@ class Holders(Source):
     ) -> None:
         """Greet all, and go on with those that answer and whose weights have the form `form`, if one is given.
 
-        `find` tells who holds weights by now: when something can be had of nobody, all are greeted once more, for what
-        a group holds where changes all the time. By default they are the same.
+        `find` tells who holds weights by now, or who else does: when something can be had of nobody, all are greeted
+        once more, for what a group holds where changes all the time. By default they are the same.
         """
         holders = list(holders)
         self._deadlines = deadlines
@@ -143,6 +143,8 @@ class Holders(Source):
         self.dense_bytes = 0
         """Bytes of dense tensors received and accepted."""
         self._greet(holders)
+        if not self._links and find:
+            self._greet(find())
 
     @property
     def holdings(self) -> list[Holding]:

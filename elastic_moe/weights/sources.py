@@ -232,4 +232,4 @@ def _failure(left: dict[Want, list[str]], refused: set[Want]) -> TransferFailed:
     want, reasons = next(iter(left.items()))
     more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
     kind = DigestMismatch if want in refused else TransferFailed
-    return kind(f"{want}: no source has it right: {'; '.join(reasons) or 'none was asked in time'}{more}")
+    return kind(f"{want}: no source has it right: {'; '.join(reasons) or 'none was asked, or in time'}{more}")

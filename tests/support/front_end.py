@@ -84,7 +84,15 @@ class FakeEngine:
         self._socket.setsockopt(zmq.LINGER, 0)
         port = self._socket.bind_to_random_port("tcp://127.0.0.1")
         self.member = Member(
-            rank, 0, f"incarnation-{rank}-{port}", 4000 + rank, "host", "", "", f"tcp://127.0.0.1:{port}"
+            rank,
+            0,
+            f"incarnation-{rank}-{port}",
+            4000 + rank,
+            "host",
+            "",
+            "",
+            f"tcp://127.0.0.1:{port}",
+            weights="tcp://127.0.0.1:1",
         )
         self.view = View(1, (self.member,))
         """What it believes, and reports."""

@@ -5,12 +5,13 @@ import queue
 import subprocess
 import sys
 from concurrent.futures import Future
+from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
 import torch
 import zmq
-from test_peers import DENSE, make_store
 
 from elastic_moe.background import Latch, start_thread
 from elastic_moe.deadlines import Deadlines
@@ -26,7 +27,9 @@ from elastic_moe.serving.engine.mailbox import Mailbox
 from elastic_moe.serving.protocol import Hello, encode
 from elastic_moe.supervision.channel import Beat, channel_pair
 from elastic_moe.supervision.supervisor import Event, EventKind, Supervisor
-from elastic_moe.weights.peers import WeightRequest, WeightServer
+from elastic_moe.weights.holding import Greet
+from elastic_moe.weights.holding import encode as encode_request
+from elastic_moe.weights.server import WeightServer
 
 WAIT_S = 10.0
 DEADLINES = Deadlines()
@@ -88,14 +91,13 @@ def test_signals(errors):
 
 def test_weights(errors):
     server = WeightServer("127.0.0.1")
-    broken = make_store()
-    broken.held = None  # pyright: ignore[reportAttributeAccessIssue]
-    server.start(DENSE, broken, errors.put)
+    shelf: Any = SimpleNamespace(holding=break_down)
+    server.start(shelf, errors.put)
     with zmq.Context() as context, context.socket(zmq.DEALER) as asker:
         asker.setsockopt(zmq.LINGER, 0)
         asker.connect(server.address)
-        asker.send(msgspec.json.encode(WeightRequest(layer=0, expert=1)))
-        assert isinstance(errors.get(timeout=WAIT_S), TypeError)
+        asker.send(encode_request(Greet()))
+        assert isinstance(errors.get(timeout=WAIT_S), Bug)
 
 
 def test_the_mailbox(errors):

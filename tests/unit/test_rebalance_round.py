@@ -21,6 +21,7 @@ from elastic_moe.placement.topology import Topology
 from elastic_moe.transport.staging import GroupStaging
 from elastic_moe.weights.digest import digest
 from elastic_moe.weights.disk import Disk
+from elastic_moe.weights.reserves import Reserves
 from elastic_moe.weights.store import ExpertStore
 
 WAIT_S = 10.0
@@ -64,7 +65,7 @@ class Rank:
         group: Any = WireGroup(wires, rank)
         config = EplbConfig(mode="async", **settings)
         self.round = Round(
-            VIEW, rank, group, self.registry, self.store, Disk(self.read), config, GroupStaging(),
+            VIEW, rank, group, self.registry, self.store, Reserves(Disk(self.read)), config, GroupStaging(),
             swap=lambda act: act(), pause=self.pause, committed=self.committed.append,
         )  # fmt: skip
 

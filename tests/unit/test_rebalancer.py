@@ -21,6 +21,7 @@ from elastic_moe.placement.registry import PlacementRegistry
 from elastic_moe.placement.topology import Topology
 from elastic_moe.transport.staging import GroupStaging
 from elastic_moe.weights.disk import Disk
+from elastic_moe.weights.reserves import Reserves
 
 WAIT_S = 20.0
 VIEW = View(1, (Member(0, 0, "i", 1, "host", "", ""),))
@@ -63,7 +64,7 @@ class Harness:
     def begin_epoch(self):
         groups: Any = SimpleNamespace(open=lambda name, timeout_s: Alone())
         store: Any = SimpleNamespace(expert_bytes=8)
-        self.balancer.begin_epoch(VIEW, groups, store, Disk(lambda *_: 0), changed=False)
+        self.balancer.begin_epoch(VIEW, groups, store, Reserves(Disk(lambda *_: 0)), changed=False)
         self._step = 0
 
     def report(self, *, steps):

@@ -22,6 +22,7 @@ from elastic_moe.placement.placement import EMPTY, Placement
 from elastic_moe.placement.topology import Topology
 from elastic_moe.pulse import Pulse
 from elastic_moe.weights.disk import Disk
+from elastic_moe.weights.reserves import Reserves
 from elastic_moe.weights.store import ExpertStore
 
 HELD = ((0, 1), (2, 3), (0, 2))
@@ -75,7 +76,7 @@ class Rank:
             others=None,
             request_join=lambda _view: None,
         )
-        disk = Disk(self.disk or Faulty(""))
+        disk = Reserves(Disk(self.disk or Faulty("")))
         me, topology = member(self.rank, self.life), Topology.uniform(3, 3)
         recovery = Recovery(
             me, membership, epoch, topology, self.store, disk, torch.device("cpu"),

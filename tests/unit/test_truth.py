@@ -18,6 +18,7 @@ from elastic_moe.weights import manifest as manifest_module
 from elastic_moe.weights.digest import digest
 from elastic_moe.weights.disk import Disk
 from elastic_moe.weights.manifest import DigestFile
+from elastic_moe.weights.reserves import Reserves
 from elastic_moe.weights.sources import Came, Origin
 from elastic_moe.weights.truth import UNKNOWN, Undecided, agree
 
@@ -114,7 +115,7 @@ def start(
         if nodes[rank] in bad_dense:
             dense["b"][4] = 9
         kept = DigestFile(folders[nodes[rank]], "headers", "form") if keep else None
-        settle(View(1, members), groups, goal, store, disk, dense, kept)
+        settle(View(1, members), groups, goal, store, Reserves(disk), dense, kept)
         return store, dense
 
     with ThreadPoolExecutor(4) as pool:
