@@ -75,6 +75,12 @@ def test_three_ranks_without_a_disk_fork_from_four_that_have_rebalanced(
     with Server(torchrun(3), diskless, f"model.load_from={seed.url}", "log_level=info") as fork:
         check([fork.url, seed.url], reference)
         assert "from instance" in fork.log()
+        fork.stop()
+
+
+@pytest.mark.slow
+def test_a_fork_without_a_disk_is_forked_and_loses_a_rank(seed: Server, reference: Reference, diskless: str):
+    with Server(torchrun(3), diskless, f"model.load_from={seed.url}", "log_level=info") as fork:
         with Server(torchrun(2), diskless, f"model.load_from=http://127.0.0.1:9,{fork.url}", "log_level=info") as again:
             check([again.url], reference)
             assert "http://127.0.0.1:9 tells of no weights" in again.log()
@@ -86,6 +92,7 @@ def test_three_ranks_without_a_disk_fork_from_four_that_have_rebalanced(
         fork.stop()
 
 
+@pytest.mark.slow
 def test_a_seeds_rank_is_lost_while_it_is_read(reference: Reference, diskless: str):
     """And comes back meanwhile, or later: the other ranks have what it had, then or soon."""
     with Server(torchrun(4), "model=demo", "log_level=warning") as seed:
@@ -98,6 +105,7 @@ def test_a_seeds_rank_is_lost_while_it_is_read(reference: Reference, diskless: s
         seed.stop()
 
 
+@pytest.mark.slow
 def test_where_no_server_is_the_disk_serves(reference: Reference):
     with Server(torchrun(2), "model=demo", "model.load_from=http://127.0.0.1:9", "log_level=info") as server:
         check([server.url], reference)
@@ -105,6 +113,7 @@ def test_where_no_server_is_the_disk_serves(reference: Reference):
         server.stop()
 
 
+@pytest.mark.slow
 def test_mistakes_are_told_in_one_line(seed: Server, diskless: str):
     folder = diskless.removeprefix("model.path=")
     nobody, other = "model.load_from=http://127.0.0.1:9", f"model.load_from={seed.url}"
