@@ -18,6 +18,7 @@ from elastic_moe.deadlines import Deadlines
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 EXCHANGE_KINDS = ("collective", "symmetric")
+BACKUP_MODES = ("off", "on")
 EPLB_MODES = ("off", "sync", "async")
 EPLB_ALGORITHMS = ("search", "deepseek")
 
@@ -185,6 +186,27 @@ class EplbConfig:
 
 
 @dataclass
+class BackupConfig:
+    """Copies of all experts in the memory of hosts, for those that no live rank holds any more."""
+
+    mode: str = setting("off", f"one of {', '.join(BACKUP_MODES)} (on: a daemon on each node keeps its share)")
+    copies: int = setting(1, "nodes that keep a copy of each expert; all of them if there are fewer")
+    memory_limit_gb: float | None = setting(
+        None, "gigabytes that a node's share may take, or nothing is kept there; null: what the host has free"
+    )
+    gb_per_s: float = setting(0.5, "gigabytes per second that a node's share is read from the engines with, about")
+
+    def validate(self) -> None:
+        """Raise ValueError, naming the key and what is allowed, when a value cannot work."""
+        check(self.mode in BACKUP_MODES, "backup.mode", self.mode, f"must be one of {', '.join(BACKUP_MODES)}")
+        check(self.copies >= 1, "backup.copies", self.copies, "must be 1 or more")
+        limit, rate = self.memory_limit_gb, self.gb_per_s
+        ok = limit is None or 0 < limit < math.inf
+        check(ok, "backup.memory_limit_gb", limit, "must be null, or more than 0 and finite")
+        check(0 < rate < math.inf, "backup.gb_per_s", rate, "must be more than 0, and finite")
+
+
+@dataclass
 class ServingConfig:
     """Continuous batching on each rank."""
 
@@ -258,6 +280,7 @@ class ServeConfig:
     elastic: ElasticConfig = field(default_factory=ElasticConfig)
     exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
     eplb: EplbConfig = field(default_factory=EplbConfig)
+    backup: BackupConfig = field(default_factory=BackupConfig)
     serving: ServingConfig = field(default_factory=ServingConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
     log_level: str = setting("info", f"one of {', '.join(LOG_LEVELS)}")
@@ -265,7 +288,7 @@ class ServeConfig:
     def validate(self) -> None:
         """Raise ValueError with one line about the first value that cannot work."""
         check(self.log_level in LOG_LEVELS, "log_level", self.log_level, f"must be one of {', '.join(LOG_LEVELS)}")
-        for part in (self.model, self.elastic, self.exchange, self.eplb, self.serving, self.server):
+        for part in (self.model, self.elastic, self.exchange, self.eplb, self.backup, self.serving, self.server):
             part.validate()
         tokens, reserved = self.serving.max_batch_tokens, self.exchange.max_tokens
         fits = self.exchange.kind != "symmetric" or tokens <= reserved

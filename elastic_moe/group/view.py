@@ -1,9 +1,20 @@
 """Who is in the group: `Member` is one process in one seat, `View` the members all have agreed on."""
 
 import hashlib
+from collections.abc import Iterable
 from itertools import pairwise
 
 import msgspec
+
+
+class Backup(msgspec.Struct, frozen=True):
+    """Where a node's backup of experts is found, in all lives of its daemon."""
+
+    node: int
+    address: str
+    """ZMQ endpoint of the daemon."""
+    segment: str
+    """Where processes of the node open the memory."""
 
 
 class Member(msgspec.Struct, frozen=True):
@@ -28,6 +39,8 @@ class Member(msgspec.Struct, frozen=True):
     """ZMQ endpoint from which a newcomer takes weights."""
     lighthouse: str = ""
     """URL of the lighthouse that runs beside this member, if one does."""
+    backup: Backup | None = None
+    """Its node's backup of experts, of the member beside which that runs."""
     settings: str = ""
     """Digest of what all members must have alike."""
 
@@ -38,6 +51,12 @@ def incarnation_of(proof: str) -> str:
     return hashlib.sha256(proof.encode()).hexdigest()[:16]
 
 
+def backups_of(members: Iterable[Member], known: Iterable[Backup] = ()) -> tuple[Backup, ...]:
+    """Those that members announce, and those that were `known` before; one a node."""
+    found = {backup.node: backup for backup in (*known, *(m.backup for m in members if m.backup))}
+    return tuple(found[node] for node in sorted(found))
+
+
 class View(msgspec.Struct, frozen=True):
     """The members of one epoch, sorted by rank. Every collective of the epoch has exactly these ranks."""
 
@@ -45,6 +64,8 @@ class View(msgspec.Struct, frozen=True):
     members: tuple[Member, ...]
     lighthouses: tuple[str, ...] = ()
     """URLs of all lighthouses ever announced, the first that answers is used: one outlives the member beside it."""
+    backups: tuple[Backup, ...] = ()
+    """All ever announced: they outlive members, too."""
 
     def __post_init__(self) -> None:
         ranks = self.ranks

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from elastic_moe.backup.source import backups
 from elastic_moe.errors import CheckpointError, TransferFailed
 from elastic_moe.experts.layout import ExpertLayout
 from elastic_moe.experts.slots import SlotExperts
@@ -81,8 +82,10 @@ class Loading:
         disk = Disk(self._read_expert, READERS[runtime.device.type]) if reader else None
         runtime.pool.loaded.on_progress = tell
         goal = runtime.pool.placement.of_rank(runtime.rank)
+        others = self._others()
+        sources = [source for source in (holders, disk) if source] + ([] if runtime.is_member else others)
         try:
-            fill(store.wants(goal), store, [source for source in (holders, disk) if source], runtime.pool.loaded)
+            fill(store.wants(goal), store, sources, runtime.pool.loaded)
         except TransferFailed as error:
             if runtime.is_member:  # a founder has nothing to wait for
                 raise CheckpointError(str(error)) from error
@@ -95,7 +98,7 @@ class Loading:
         state = model.state_dict()
         dense = {name: state[name] for name in self._dense_names}
         kept = DigestFile(self._folder, reader.fingerprint, self._form) if reader and not self._seeds else None
-        runtime.hold(store, disk, dense, kept, self._form, self._others())
+        runtime.hold(store, disk, dense, kept, self._form, others)
 
     def _find_seeds(self) -> list[Holder]:
         return find_holders(self._seeds, self._runtime.seat.wire.token)
@@ -111,9 +114,10 @@ class Loading:
 
     def _others(self) -> list[Source]:
         """Where lost experts come from beside the disk."""
-        deadlines, pulse = self._runtime.deadlines, self._runtime.pulse
-        seeds = FoundHolders(Origin.INSTANCE, self._find_seeds, deadlines, self._form, pulse)
-        return [seeds] if self._seeds else []
+        runtime, seat, form = self._runtime, self._runtime.seat, self._form
+        others = backups(lambda: runtime.view, seat.member.node, seat.wire, runtime.deadlines, form, runtime.pulse)
+        seeds = FoundHolders(Origin.INSTANCE, self._find_seeds, runtime.deadlines, form, runtime.pulse)
+        return [*others, *([seeds] if self._seeds else [])]
 
     def _read_expert(self, layer: int, expert: int, out: Sequence[torch.Tensor]) -> int:
         if self._reader is None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from elastic_moe.group.view import View
+from elastic_moe.group.view import Backup, View
 from elastic_moe.placement.topology import Topology
 from elastic_moe.secret import launch_secret
 from elastic_moe.wire import Wire
@@ -73,6 +73,8 @@ class SeatStart(msgspec.Struct, tag="seat", frozen=True):
     launch: Launch
     lighthouse: str = ""
     """URL of the lighthouse on this node, for the rank that announces it."""
+    backup: Backup | None = None
+    """The backup on this node, for the rank that announces it."""
     signals_port: int = 0
     """Where to hear the signals of members: the same in all lives of a seat, so that a rank that was lost can still ask
     to join when all whom it knew have died."""

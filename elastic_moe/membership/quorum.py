@@ -21,7 +21,7 @@ from elastic_moe.background import OnError, end_process, start_thread
 from elastic_moe.deadlines import Deadlines
 from elastic_moe.errors import PeerLost
 from elastic_moe.group.probe import unreachable
-from elastic_moe.group.view import Member, View
+from elastic_moe.group.view import Backup, Member, View, backups_of
 from elastic_moe.membership.lighthouses import Lighthouses
 from elastic_moe.membership.verdict import Record, members_without_disputes
 from elastic_moe.wire import PLAIN, Forged, Wire
@@ -61,6 +61,8 @@ class Membership:
         self._requests: dict[int, Future[View]] = {}
         self._died_at: dict[str, float] = {}
         self._dead: set[str] = set()
+        self.backups: tuple[Backup, ...] = ()
+        """See `View.backups`."""
         self.on_turn: Callable[[], None] = lambda: None
         """Called again and again while `next_view` waits."""
         self._asked: tuple[str, float] | None = None
@@ -216,7 +218,8 @@ class Membership:
             votes = votes_of(quorum, self._wire)
             members = members_without_disputes([record for _, record in votes])
             self._lighthouses.add([m.lighthouse for m in members if m.lighthouse])
-            future.set_result(View(1 + max(step for step, _ in votes), members, self._lighthouses.urls))
+            self.backups = backups_of(members, self.backups)
+            future.set_result(View(1 + max(step for step, _ in votes), members, self._lighthouses.urls, self.backups))
         except (PeerLost, ValueError) as error:  # or whoever waits would wait for ever
             future.set_exception(error if isinstance(error, PeerLost) else PeerLost(str(error)))
 

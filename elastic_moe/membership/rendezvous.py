@@ -18,7 +18,7 @@ import torch.distributed as dist
 from elastic_moe.errors import PeerLost
 from elastic_moe.group.epoch_store import StoreServer
 from elastic_moe.group.probe import refused
-from elastic_moe.group.view import Member, View
+from elastic_moe.group.view import Member, View, backups_of
 from elastic_moe.membership.launch import Launch, SeatStart, host_of
 from elastic_moe.membership.signals import Signals
 from elastic_moe.secret import VARIABLE
@@ -55,6 +55,7 @@ class Seat:
             address=address,
             weights=weights,
             lighthouse=start.lighthouse,
+            backup=start.backup,
             settings=hashlib.sha256(msgspec.json.encode(sorted(self.alike.items()))).hexdigest()[:12],
         )
 
@@ -141,4 +142,4 @@ def refuse_a_stranger(seat: Seat, view: View) -> None:
 
 
 def _first_view(members: list[Member]) -> View:
-    return View(1, tuple(members), tuple(m.lighthouse for m in members if m.lighthouse))
+    return View(1, tuple(members), tuple(m.lighthouse for m in members if m.lighthouse), backups_of(members))

@@ -105,7 +105,7 @@ class ElasticRuntime:
         self._group_device = torch.device("cpu") if symmetric else device
         urls = lighthouses or view.lighthouses
         self._membership = Membership(seat.member, urls, self.deadlines, self.fail, seat.wire)
-        self._membership.on_turn = self.pulse.beat
+        self._membership.on_turn, self._membership.backups = self.pulse.beat, view.backups
         self._epoch = CurrentEpoch(seat.member, view, seat.signals, self._membership, lambda: self.on_change())
         self._exchanges = exchanges_of(exchange, seat.member, topology.num_ranks, device, self.deadlines.exchange_s)
         self._pool: ExpertPool | None = None

@@ -1,6 +1,7 @@
 """What the supervisor of one serving rank does: an engine in the seat, and on a node's first rank a front end."""
 
 import contextlib
+import os
 import socket
 import sys
 import time
@@ -9,13 +10,15 @@ from pathlib import Path
 
 import zmq
 
+from elastic_moe.backup.start import BackupStart
 from elastic_moe.config import ServeConfig
-from elastic_moe.group.view import View
-from elastic_moe.membership.launch import Launch, SeatStart
+from elastic_moe.group.view import Backup, View
+from elastic_moe.membership.launch import Launch, SeatStart, host_of
 from elastic_moe.serving.protocol import Hello, Phase, Status, decode_to_front_end, encode
 from elastic_moe.serving.starts import EngineStart, FrontEndStart
 from elastic_moe.supervision.channel import Ready, ViewChanged
-from elastic_moe.supervision.rank_supervisor import SEAT, RankSupervisor
+from elastic_moe.supervision.ports import lasting_port
+from elastic_moe.supervision.rank_supervisor import BACKUP, SEAT, RankSupervisor
 from elastic_moe.supervision.supervisor import Child, Event, complain
 from elastic_moe.wire import PLAIN, Wire
 
@@ -38,6 +41,12 @@ class ServeSupervisor(RankSupervisor):
         super().__init__(launch, deadlines, elastic.max_quick_deaths, keeps_lighthouse=keeps_lighthouse)
         self._config = config
         self._listener = listener
+        self._segment: int | None = None
+        if listener is not None and config.backup.mode == "on":
+            host = host_of(launch)
+            self._segment = os.memfd_create("elastic_moe_backup")  # it outlives every daemon
+            path = f"/proc/{os.getpid()}/fd/{self._segment}"
+            self._backup = Backup(launch.node, f"tcp://{host}:{lasting_port(host)}", path)
         self._attempt = attempt
 
     def run(self) -> int:
@@ -56,6 +65,8 @@ class ServeSupervisor(RankSupervisor):
     def services(self) -> dict[str, Callable[[], Child]]:
         """See the base."""
         own = {FRONT_END: self._start_front_end} if self._listener is not None else {}
+        if self._segment is not None:
+            own[BACKUP] = self._start_backup
         return super().services() | own
 
     def others_serve(self) -> bool:
@@ -65,8 +76,9 @@ class ServeSupervisor(RankSupervisor):
 
     def on_view(self, view: View) -> None:
         """See the base."""
-        if front_end := self._supervisor.children.get(FRONT_END):
-            front_end.send(ViewChanged(view))
+        for name in (FRONT_END, BACKUP):
+            if service := self._supervisor.children.get(name):
+                service.send(ViewChanged(view))
 
     def on_message(self, event: Event) -> None:
         """See the base."""
@@ -85,6 +97,16 @@ class ServeSupervisor(RankSupervisor):
         if self._view is not None:
             front_end.send(ViewChanged(self._view))
         return front_end
+
+    def _start_backup(self) -> Child:
+        if self._segment is None or self._backup is None:
+            raise RuntimeError("there is no backup here")
+        command = [sys.executable, "-m", "elastic_moe.backup.daemon", "--segment-fd", str(self._segment)]
+        daemon = self._supervisor.start(BACKUP, command, pass_fds=[self._segment])
+        daemon.send(BackupStart(self._config.backup, self._backup, self._launch.wire, self._config.log_level))
+        if self._view is not None:
+            daemon.send(ViewChanged(self._view))
+        return daemon
 
 
 def anybody_serves(addresses: Sequence[str], wire: Wire = PLAIN) -> bool:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 from elastic_moe.deadlines import Deadlines
-from elastic_moe.group.view import View, incarnation_of
+from elastic_moe.group.view import Backup, View, incarnation_of
 from elastic_moe.membership.launch import Launch, SeatStart, host_of
 from elastic_moe.membership.signals import PeerDied, SignalSender
 from elastic_moe.supervision.busy import busy_ns
@@ -28,7 +28,9 @@ POLL_S = 0.1
 FILES, FILES_PER_RANK = 200, 12
 """Open files of an engine (libraries, its own sockets), and for each peer (two gloo groups, two of the balancer,
 their duplicates for an abort, signals)."""
-SEAT, LIGHTHOUSE = "process", "lighthouse"
+SEAT, LIGHTHOUSE, BACKUP = "process", "lighthouse", "backup"
+OPTIONAL = (BACKUP,)
+"""Services that a launch goes on without."""
 
 
 class RankSupervisor:
@@ -43,6 +45,8 @@ class RankSupervisor:
         host = host_of(launch)
         self._signals_port = lasting_port(host)
         self._lighthouse = f"http://{host}:{lasting_port(host)}" if keeps_lighthouse else ""
+        self._backup: Backup | None = None
+        """The node's, if it runs beside this rank."""
         self._proof = ""
         """Of the present process, for its death."""
         self._view: View | None = None
@@ -160,7 +164,7 @@ class RankSupervisor:
             return 2
         why, wait_s = health.refused or f"died with code {event.code}", health.after_death(now)
         complain(f"node {self._launch.node}: the {name}: {why}; started again in {wait_s:g} s", None)
-        if health.is_hopeless:
+        if health.is_hopeless and name not in OPTIONAL:
             return 1
         self._services_due[name] = now + wait_s
         return None
@@ -210,7 +214,8 @@ class RankSupervisor:
         self._hang_watch.begin(time.monotonic())
         self._proof = secrets.token_hex(16)
         name = incarnation_of(self._proof)
-        self.start_process(SeatStart(self._launch, self._lighthouse, self._signals_port, name, self._view))
+        start = SeatStart(self._launch, self._lighthouse, self._backup, self._signals_port, name, self._view)
+        self.start_process(start)
 
     def _start_lighthouse(self) -> Child:
         wait_ms, beat_ms = self._deadlines.lighthouse_wait_s * 1000, self._deadlines.heartbeat_timeout_s * 1000

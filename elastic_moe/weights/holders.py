@@ -18,7 +18,8 @@ import zmq
 from elastic_moe.deadlines import Deadlines
 from elastic_moe.group.view import Member, View
 from elastic_moe.weights.digest import digest
-from elastic_moe.weights.holding import GiveDense, GiveExpert, Given, Greet, Holding, Request, decode_answer, encode
+from elastic_moe.weights.holding import GiveDense, GiveExpert, Given, Greet, Holding, Request
+from elastic_moe.weights.link import Link
 from elastic_moe.weights.sources import ORIGINS, Came, Landing, Missed, Origin, Source, Told, Until, Want
 from elastic_moe.weights.store import UNKNOWN, ExpertStore
 from elastic_moe.wire import PLAIN, Wire
@@ -50,55 +51,18 @@ def other_members(view: View, me: Member, wire: Wire) -> list[Holder]:
     ]
 
 
-class _Link:
-    """The way to one holder."""
+class _Link(Link["_Job"]):
+    """To one of them, with what it is to be asked for."""
 
     def __init__(self, holder: Holder) -> None:
-        self.holder = holder
-        self.socket = zmq.Context.instance().socket(zmq.DEALER)
-        self.socket.setsockopt(zmq.LINGER, 0)
-        self.socket.connect(holder.endpoint or holder.address)
-        self.holding = Holding()
-        self.experts: frozenset[tuple[int, int]] = frozenset()
+        super().__init__(holder.address, holder.wire, holder.endpoint)
+        self.origin = holder.origin
         self.waiting: deque[_Job] = deque()
-        self.asked: deque[tuple[_Job | None, str]] = deque()
-        """What it has not answered yet, and as it was sealed. None: a greeting."""
-        self.since = 0.0
-        """It was heard of, or asked when it had nothing to do."""
 
     @property
     def rank(self) -> tuple[int, int]:
         """The nearest first, then who has the least to do."""
-        return ORIGINS.index(self.holder.origin), len(self.waiting) + len(self.asked)
-
-    def has(self, request: Request) -> bool:
-        match request:
-            case GiveDense(name):
-                return name in self.holding.dense
-            case GiveExpert(layer, expert):
-                return (layer, expert) in self.experts
-        return False
-
-    def ask(self, request: Request, job: "_Job | None" = None) -> None:
-        sealed = self.holder.wire.seal(encode(request).decode(), self.holder.address)
-        if not self.asked:
-            self.since = time.monotonic()
-        self.socket.send_string(sealed)
-        self.asked.append((job, sealed))
-
-    def receive(self) -> tuple["_Job | None", Holding | Given | None, Sequence[zmq.Frame]]:
-        """What it says to the oldest request; None instead if that was no holder of ours."""
-        header, *frames = self.socket.recv_multipart(copy=False)
-        job, sealed = self.asked.popleft()
-        self.since = time.monotonic()
-        try:
-            return job, decode_answer(self.holder.wire.unseal(header.bytes.decode(), sealed)), frames
-        except ValueError:
-            return job, None, ()
-
-    def greeted(self, holding: Holding) -> None:
-        self.holding = holding
-        self.experts = frozenset((layer, expert) for layer, expert, _ in holding.experts)
+        return ORIGINS.index(self.origin), len(self.waiting) + len(self.asked)
 
 
 @dataclass(eq=False)
@@ -126,15 +90,19 @@ class Holders(Source):
         deadlines: Deadlines,
         form: str = "",
         find: Callable[[], Iterable[Holder]] | None = None,
+        *,
+        greet_s: float | None = None,
     ) -> None:
         """Greet all, and go on with those that answer and whose weights have the form `form`, if one is given.
 
         `find` tells who holds weights by now, or who else does: when something can be had of nobody, all are greeted
-        once more, for what a group holds where changes all the time. By default they are the same.
+        once more, for what a group holds where changes all the time. By default they are the same. `greet_s`: seconds
+        until the first has to answer; by default as long as any answer may take.
         """
         holders = list(holders)
         self._deadlines = deadlines
         self._form = form
+        self._greet_s = deadlines.weights_s if greet_s is None else greet_s
         self._find = find or (lambda: holders)
         self._links: list[_Link] = []
         self.nearest = min((holder.origin for holder in holders), key=ORIGINS.index, default=Origin.NODE)
@@ -144,7 +112,8 @@ class Holders(Source):
         """Bytes of dense tensors received and accepted."""
         self._greet(holders)
         if not self._links and find:
-            self._greet(find())
+            self._greet(holder for holder in find() if holder not in holders)
+        self._is_alone = not self._links
 
     @property
     def holdings(self) -> list[Holding]:
@@ -185,7 +154,7 @@ class Holders(Source):
     def close(self) -> None:
         """Disconnect."""
         for link in self._links:
-            link.socket.close()
+            link.close()
         self._links.clear()
 
     def _greet(self, holders: Iterable[Holder]) -> None:
@@ -197,7 +166,7 @@ class Holders(Source):
         for link in links:
             poller.register(link.socket, zmq.POLLIN)
         while len(answered) < len(links):
-            wait_s = self._deadlines.greeting_s if answered else self._deadlines.weights_s
+            wait_s = self._deadlines.greeting_s if answered else self._greet_s
             ready = {socket for socket, _ in poller.poll(int(1000 * wait_s))}
             if not ready:
                 break
@@ -213,7 +182,7 @@ class Holders(Source):
                     self._links.append(link)
         for link in links:
             if link not in self._links:
-                link.socket.close()
+                link.close()
 
     def _bring(self, jobs: Sequence[_Job], until: Until) -> Iterator[list[_Arrived]]:
         """Tells of what has come by a moment, often of nothing. Who is told sets `is_right`; what is not is asked of
@@ -221,7 +190,7 @@ class Holders(Source):
         right the next time."""
         left = list(jobs)
         for chance in range(2):
-            if chance and left and until.left_s:
+            if chance and left and until.left_s and not self._is_alone:
                 self.close()
                 self._greet(self._find())
             self._assign(left)
@@ -259,13 +228,13 @@ class Holders(Source):
                 if job is None:
                     continue
                 if isinstance(answer, Given) and _fill(job.open(), answer, frames):
-                    arrived.append(_Arrived(job, link.holder.origin, answer.digest))
+                    arrived.append(_Arrived(job, link.origin, answer.digest))
                 else:  # it has it no more, or never as it is wanted
                     again.append(job)
             elif is_over or time.monotonic() - link.since > answer_s:
                 again += [job for job, _ in link.asked if job is not None]
                 again += link.waiting
-                link.socket.close()
+                link.close()
                 self._links.remove(link)
         return arrived, again
 

@@ -16,10 +16,18 @@ class FoundHolders(Source):
     """Holders outside of the group, found and greeted whenever something is lacking."""
 
     def __init__(
-        self, nearest: Origin, find: Callable[[], Iterable[Holder]], deadlines: Deadlines, form: str, pulse: Pulse
+        self,
+        nearest: Origin,
+        find: Callable[[], Iterable[Holder]],
+        deadlines: Deadlines,
+        form: str,
+        pulse: Pulse,
+        *,
+        greet_s: float | None = None,
     ) -> None:
-        """`find` names them; it and their answers are waited for, as `pulse` is told."""
+        """`find` names them; it and their answers are waited for, as `pulse` is told. `greet_s`: see `Holders`."""
         self.nearest = nearest
+        self._greet_s = greet_s
         self._find = find
         self._deadlines = deadlines
         self._form = form
@@ -28,7 +36,10 @@ class FoundHolders(Source):
     def fetch(self, wants: Sequence[Want], landing: Landing, until: Until) -> Iterator[Told]:
         """See `Source.fetch`."""
         with self._pulse.expects(self._deadlines.wait_s):
-            holders = Holders(self._find(), self._deadlines, self._form)
+            found = list(self._find())
+            if not found:
+                return
+            holders = Holders(found, self._deadlines, self._form, greet_s=self._greet_s)
         try:
             for told in holders.fetch(wants, landing, until):
                 self._pulse.beat()

@@ -58,11 +58,15 @@ class Shelf(Protocol):
 class WeightServer:
     """Gives what is on a shelf to whoever asks."""
 
-    def __init__(self, host: str, wire: Wire = PLAIN) -> None:
-        """Bind a free port on `host`; requests wait until `start`."""
+    def __init__(self, host: str, wire: Wire = PLAIN, port: int = 0) -> None:
+        """Bind `port` on `host`, or any that is free; requests wait until `start`."""
         self._wire = wire
         self._router = PLAIN.server(zmq.Context.instance().socket(zmq.ROUTER))
-        self.address = f"tcp://{host}:{self._router.bind_to_random_port(f'tcp://{host}')}"
+        if port:
+            self._router.bind(f"tcp://{host}:{port}")
+        else:
+            port = self._router.bind_to_random_port(f"tcp://{host}")
+        self.address = f"tcp://{host}:{port}"
         self._closed = threading.Event()
 
     def start(self, shelf: Shelf, on_error: OnError = end_process) -> None:

@@ -219,6 +219,7 @@ class Gateway:
             raise Unavailable("no rank has loaded the weights yet")
         placement = self.status().placement
         holders = [HolderAddress(m.weights, "engine", m.node, m.rank) for m in view.members if m.weights]
+        holders += [HolderAddress(backup.address, "backup", backup.node) for backup in view.backups]
         key = self._wire.of_weights().secret
         return InstanceWeights(model, view.epoch, view.digest, placement.version, placement.hash, holders, key)
 
