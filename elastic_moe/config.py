@@ -18,6 +18,7 @@ from elastic_moe.deadlines import Deadlines
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 EXCHANGE_KINDS = ("collective", "symmetric")
+TRANSPORTS, PROTOCOLS = ("zmq", "mooncake"), ("tcp", "rdma")
 BACKUP_MODES = ("off", "on")
 EPLB_MODES = ("off", "sync", "async")
 EPLB_ALGORITHMS = ("search", "deepseek")
@@ -195,6 +196,11 @@ class BackupConfig:
         None, "gigabytes that a node's share may take, or nothing is kept there; null: what the host has free"
     )
     gb_per_s: float = setting(0.5, "gigabytes per second that a node's share is read from the engines with, about")
+    transport: str = setting(
+        "zmq", f"from node to node: one of {', '.join(TRANSPORTS)} (mooncake: a TransferEngine, which knows no secret)"
+    )
+    mooncake_protocol: str = setting("tcp", f"of backup.transport=mooncake: one of {', '.join(PROTOCOLS)}")
+    mooncake_device: str = setting("", "of backup.mooncake_protocol=rdma: comma list of its devices; empty: any")
 
     def validate(self) -> None:
         """Raise ValueError, naming the key and what is allowed, when a value cannot work."""
@@ -204,6 +210,10 @@ class BackupConfig:
         ok = limit is None or 0 < limit < math.inf
         check(ok, "backup.memory_limit_gb", limit, "must be null, or more than 0 and finite")
         check(0 < rate < math.inf, "backup.gb_per_s", rate, "must be more than 0, and finite")
+        known = self.transport in TRANSPORTS
+        check(known, "backup.transport", self.transport, f"must be one of {', '.join(TRANSPORTS)}")
+        protocol = self.mooncake_protocol
+        check(protocol in PROTOCOLS, "backup.mooncake_protocol", protocol, f"must be one of {', '.join(PROTOCOLS)}")
 
 
 @dataclass

@@ -23,13 +23,16 @@ from elastic_moe.backup.start import BackupStart
 from elastic_moe.group.view import View
 from elastic_moe.memory.host import available_bytes
 from elastic_moe.supervision.channel import Channel, Ready, ViewChanged
-from elastic_moe.weights.holding import GiveExpert, Given, Greet, Holding
+from elastic_moe.transport.mooncake import RemoteMemory, remote_memory
+from elastic_moe.weights.holding import GiveExpert, Given, Holding
 from elastic_moe.weights.host_digest import digest_of_bytes
-from elastic_moe.weights.link import Link
+from elastic_moe.weights.link import Link, greet
 from elastic_moe.weights.server import NOTHING, Gift, WeightServer
 
 ANSWER_S = 5.0
 """Who does not answer in time is asked for nothing more in this round."""
+GREETING_S = 0.5
+"""How much later than the first a member may say what it has."""
 REFRESH_S = 10.0
 """From one look at what the engines hold to the next."""
 UNKNOWN = -1
@@ -39,15 +42,21 @@ log = logging.getLogger(__name__)
 class Shelf:
     """What the segment holds, for whoever asks; of an empty one, nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, remote: RemoteMemory | None = None) -> None:
+        """`remote`: by which other nodes read the memory by themselves, if they may."""
         self.segment: Segment | None = None
+        self.remote = remote
 
     def holding(self) -> Holding:
         """See `server.Shelf`."""
         if self.segment is None:
             return Holding()
-        shape = self.segment.shape
-        return Holding(shape.form, shape.num_layers, shape.num_experts, self.segment.held())
+        shape, held = self.segment.shape, self.segment.held()
+        if self.remote is None:
+            return Holding(shape.form, shape.num_layers, shape.num_experts, held)
+        records = [self.segment.find(layer, expert) for layer, expert, _ in held]
+        places = [self.segment.address_of(record) if record else (0, 0) for record in records]
+        return Holding(shape.form, shape.num_layers, shape.num_experts, held, {}, self.remote.session, places)
 
     def dense(self, name: str) -> Gift:
         """See `server.Shelf`: experts only are kept."""
@@ -171,8 +180,14 @@ class Filler:
                 )
                 return None
             Segment.create(self._file, shape.form, shape.num_layers, shape.num_experts, size)
-            self._writer = self._shelf.segment = Writer(self._file)
+            self._use(Writer(self._file))
         return self._writer
+
+    def _use(self, writer: Writer) -> None:
+        if remote := self._shelf.remote:
+            writer.on_arena = remote.register
+        writer.map_all()
+        self._writer = self._shelf.segment = writer
 
     def _find_again(self) -> None:
         """What an earlier life has left counts if it has its digest."""
@@ -188,7 +203,7 @@ class Filler:
             if digest_of_bytes(data[part.begin : part.begin + part.size] for part in parts) != digest:
                 writer.drop(layer, expert)
                 wrong += 1
-        self._writer = self._shelf.segment = writer
+        self._use(writer)
         seconds, there = time.monotonic() - begin, len(writer.held())
         log.info("%d experts of an earlier life are there, %d were wrong, %.1f s", there, wrong, seconds)
 
@@ -203,14 +218,8 @@ class Filler:
         members = sorted(view.members, key=lambda member: member.node != self._node)
         links: list[Link[None]] = [Link(member.weights, self._wire) for member in members if member.weights]
         try:
-            for link in links:
-                link.ask(Greet())
-            end = time.monotonic() + ANSWER_S
-            for link in links:
-                if link.socket.poll(max(0, int(1000 * (end - time.monotonic())))):
-                    _, holding, _ = link.receive()
-                    link.greeted(holding if isinstance(holding, Holding) else Holding())
-            yield links
+            answered = greet(links, ANSWER_S, GREETING_S)
+            yield [link for link in links if link in answered]
         finally:
             for link in links:
                 link.close()
@@ -228,9 +237,9 @@ def main() -> None:
         return
     logging.basicConfig(level=start.log_level.upper(), format="%(asctime)s backup %(levelname)s %(message)s")
     os.nice(NICE)
-    shelf = Shelf()
-    filler = Filler(start, fds.segment_fd, shelf)
     host, _, port = start.backup.address.removeprefix("tcp://").rpartition(":")
+    shelf = Shelf(remote_memory(start.config, host))
+    filler = Filler(start, fds.segment_fd, shelf)
     server = WeightServer(host, start.wire.of_weights(), int(port))
     server.start(shelf)
     start_thread("filler", filler.run, on_error=end_process)

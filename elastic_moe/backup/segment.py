@@ -8,7 +8,7 @@ is mapped by itself, so that no address ever changes. A record's generation is o
 
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -85,6 +85,8 @@ class Segment:
         self._records = np.frombuffer(self._table, RECORD, layers * experts, PAGE + layers * ROW_BYTES)
         self._records = self._records.reshape(layers, experts)
         self._arenas: list[mmap.mmap] = []
+        self.on_arena: Callable[[int, int], None] = lambda _address, _size: None
+        """Called with the address and the size of every arena that is mapped."""
 
     @classmethod
     def create(cls, file: int, form: str, num_layers: int, num_experts: int, largest: int) -> "Segment":
@@ -132,7 +134,18 @@ class Segment:
         size = self.shape.arena_bytes
         while len(self._arenas) <= number:
             self._arenas.append(mmap.mmap(self._file, size, offset=self._data + len(self._arenas) * size))
+            self.on_arena(_address(self._arenas[-1]), size)
         return self._arenas[number]
+
+    def map_all(self) -> None:
+        """Map the arenas that are in the file."""
+        if self.num_arenas:
+            self.arena(self.num_arenas - 1)
+
+    def address_of(self, record: Record) -> tuple[int, int]:
+        """Where a copy is in the memory of this process, and its bytes."""
+        arena, begin = divmod(record.offset, self.shape.arena_bytes)
+        return _address(self.arena(arena)) + begin, record.size
 
     @property
     def num_arenas(self) -> int:
@@ -190,6 +203,10 @@ class Writer(Segment):
             os.posix_fallocate(self._file, self._data + arena * arena_bytes, arena_bytes)  # or a write would kill
         self._end = begin + size
         return begin
+
+
+def _address(memory: mmap.mmap) -> int:
+    return np.frombuffer(memory, dtype=np.uint8).ctypes.data
 
 
 def _data_begin(num_layers: int, num_experts: int) -> int:

@@ -8,39 +8,53 @@ from typing import Any
 import numpy as np
 import torch
 
+from elastic_moe.backup.remote import GREET_S, MooncakeMemory
 from elastic_moe.backup.segment import Part, Record, Segment
+from elastic_moe.config import BackupConfig
 from elastic_moe.deadlines import Deadlines
-from elastic_moe.group.view import View
+from elastic_moe.group.view import Member, View
 from elastic_moe.pulse import Pulse
+from elastic_moe.transport.mooncake import remote_memory
 from elastic_moe.weights.holders import Holder
 from elastic_moe.weights.reserves import FoundHolders
 from elastic_moe.weights.sources import Came, Landing, Missed, Origin, Source, Told, Until, Want
 from elastic_moe.wire import Wire
 
-GREET_S = 0.5
-"""A daemon that lives answers sooner; the disk is not kept waiting for one that does not."""
 AT_ONCE = 16
 """Experts that are copied to a GPU before it is waited for."""
 log = logging.getLogger(__name__)
 
 
 def backups(
-    view: Callable[[], View], node: int, wire: Wire, deadlines: Deadlines, form: str, pulse: Pulse
+    config: BackupConfig,
+    view: Callable[[], View],
+    me: Member,
+    wire: Wire,
+    deadlines: Deadlines,
+    form: str,
+    pulse: Pulse,
 ) -> list[Source]:
-    """All that `view` names at the time, as sources for a rank on `node`; `wire` is the launch's."""
+    """All that `view` names at the time, as sources for the process `me`; `wire` is the launch's."""
 
     def path() -> str:
-        return next((backup.segment for backup in view().backups if backup.node == node), "")
+        return next((backup.segment for backup in view().backups if backup.node == me.node), "")
 
     def daemons() -> list[Holder]:
         of_weights = wire.of_weights()
         return [
-            Holder(backup.address, Origin.DRAM if backup.node == node else Origin.REMOTE_DRAM, of_weights)
+            Holder(backup.address, Origin.DRAM if backup.node == me.node else Origin.REMOTE_DRAM, of_weights)
             for backup in view().backups
         ]
 
+    by_mooncake = MooncakeMemory(
+        lambda: [holder for holder in daemons() if holder.origin is Origin.REMOTE_DRAM],
+        lambda: remote_memory(config, me.host),
+        deadlines,
+        form,
+        pulse,
+    )
     others = FoundHolders(Origin.REMOTE_DRAM, daemons, deadlines, form, pulse, greet_s=GREET_S)
-    return [NodeMemory(path, form), others]
+    return [NodeMemory(path, form), *([by_mooncake] if config.transport == "mooncake" else []), others]
 
 
 class NodeMemory(Source):

@@ -115,7 +115,9 @@ class Loading:
     def _others(self) -> list[Source]:
         """Where lost experts come from beside the disk."""
         runtime, seat, form = self._runtime, self._runtime.seat, self._form
-        others = backups(lambda: runtime.view, seat.member.node, seat.wire, runtime.deadlines, form, runtime.pulse)
+        others = backups(
+            runtime.backup, lambda: runtime.view, seat.member, seat.wire, runtime.deadlines, form, runtime.pulse
+        )
         seeds = FoundHolders(Origin.INSTANCE, self._find_seeds, runtime.deadlines, form, runtime.pulse)
         return [*others, *([seeds] if self._seeds else [])]
 

@@ -18,8 +18,8 @@ import zmq
 from elastic_moe.deadlines import Deadlines
 from elastic_moe.group.view import Member, View
 from elastic_moe.weights.digest import digest
-from elastic_moe.weights.holding import GiveDense, GiveExpert, Given, Greet, Holding, Request
-from elastic_moe.weights.link import Link
+from elastic_moe.weights.holding import GiveDense, GiveExpert, Given, Holding, Request
+from elastic_moe.weights.link import Link, greet
 from elastic_moe.weights.sources import ORIGINS, Came, Landing, Missed, Origin, Source, Told, Until, Want
 from elastic_moe.weights.store import UNKNOWN, ExpertStore
 from elastic_moe.wire import PLAIN, Wire
@@ -158,28 +158,12 @@ class Holders(Source):
         self._links.clear()
 
     def _greet(self, holders: Iterable[Holder]) -> None:
-        """Those who do not answer soon after the first are taken for lost."""
         links = [_Link(holder) for holder in holders]
-        for link in links:
-            link.ask(Greet())
-        poller, answered = zmq.Poller(), []
-        for link in links:
-            poller.register(link.socket, zmq.POLLIN)
-        while len(answered) < len(links):
-            wait_s = self._deadlines.greeting_s if answered else self._greet_s
-            ready = {socket for socket, _ in poller.poll(int(1000 * wait_s))}
-            if not ready:
-                break
-            for link in (link for link in links if link.socket in ready):
-                poller.unregister(link.socket)
-                answered.append(link)
-                _, holding, _ = link.receive()
-                if isinstance(holding, Holding):
-                    if self._form and holding.form != self._form:
-                        self.refused.append(holding.form)
-                        continue
-                    link.greeted(holding)
-                    self._links.append(link)
+        for link in greet(links, self._greet_s, self._deadlines.greeting_s):
+            if self._form and link.holding.form != self._form:
+                self.refused.append(link.holding.form)
+            else:
+                self._links.append(link)
         for link in links:
             if link not in self._links:
                 link.close()

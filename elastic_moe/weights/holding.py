@@ -46,6 +46,10 @@ class Holding(msgspec.Struct, tag="holding", frozen=True):
     experts: list[tuple[int, int, int]] = []
     """(layer, expert, digest) of each; of the group, UNKNOWN (-1) while there is none."""
     dense: dict[str, DenseTensor] = {}
+    session: str = ""
+    """By which Mooncake's TransferEngine reads its memory, if it may."""
+    places: list[tuple[int, int]] = []
+    """(address, bytes) of each of `experts` there: its tensors beside each other, each at a multiple of 64 bytes."""
 
 
 class Given(msgspec.Struct, tag="given", frozen=True):

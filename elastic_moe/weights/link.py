@@ -7,7 +7,7 @@ from typing import Generic, TypeVar
 
 import zmq
 
-from elastic_moe.weights.holding import Answer, GiveDense, GiveExpert, Holding, Request, decode_answer, encode
+from elastic_moe.weights.holding import Answer, GiveDense, GiveExpert, Greet, Holding, Request, decode_answer, encode
 from elastic_moe.wire import Wire
 
 For = TypeVar("For")
@@ -65,3 +65,23 @@ class Link(Generic[For]):
     def close(self) -> None:
         """Disconnect."""
         self.socket.close()
+
+
+AnyLink = TypeVar("AnyLink", bound=Link)
+
+
+def greet(links: Sequence[AnyLink], first_s: float, then_s: float) -> list[AnyLink]:
+    """Ask all what they have. Returns those who have said it: who does not answer within `then_s` seconds of another,
+    or anybody within `first_s`, is taken for lost."""
+    poller, answered, left = zmq.Poller(), [], {link.socket: link for link in links}
+    for link in links:
+        link.ask(Greet())
+        poller.register(link.socket, zmq.POLLIN)
+    while left and (ready := poller.poll(int(1000 * (then_s if len(left) < len(links) else first_s)))):
+        for link in (left.pop(socket) for socket, _ in ready):
+            poller.unregister(link.socket)
+            _, holding, _ = link.receive()
+            if isinstance(holding, Holding):
+                link.greeted(holding)
+                answered.append(link)
+    return answered

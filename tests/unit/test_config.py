@@ -63,7 +63,8 @@ def test_every_model_has_all_keys():
         ("hydra.run.dir=/tmp", "unknown key 'hydra.run.dir'"),
         (
             "=3",
-            "unknown key ''; did you mean backup or elastic or eplb or exchange or log_level or model or server or serving?",
+            "unknown key ''; did you mean backup or elastic or eplb or exchange or log_level or model or server or "
+            "serving?",
         ),
         ("--port=1", "unknown key '--port'"),
         ("~model", "'~model' is not KEY=VALUE; --help lists the keys"),

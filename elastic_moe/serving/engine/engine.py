@@ -108,6 +108,7 @@ class Engine:
             min_members=elastic.min_members,
             eplb=self._config.eplb,
             exchange=self._config.exchange,
+            backup=self._config.backup,
         )
 
     def _weights_host(self) -> str:
