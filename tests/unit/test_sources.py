@@ -1,8 +1,9 @@
 """What every source of weights has to do, as one table: each case runs for each source. And the chain over them."""
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.backup import ALL, flip, make_segment, memfd, path_of
 from support.sources import (
     EXPERTS,
     LAYERS,
@@ -27,6 +29,10 @@ from support.sources import (
 )
 from support.wires import WireGroup, Wires
 
+from elastic_moe.backup.daemon import Shelf as BackupShelf
+from elastic_moe.backup.remote import MooncakeMemory
+from elastic_moe.backup.segment import Segment, Writer
+from elastic_moe.backup.source import NodeMemory
 from elastic_moe.control.vote import Vote
 from elastic_moe.deadlines import Deadlines
 from elastic_moe.errors import DigestMismatch, PeerLost, TransferFailed
@@ -34,12 +40,15 @@ from elastic_moe.group.view import Member, View
 from elastic_moe.placement.placement import EMPTY, Placement
 from elastic_moe.placement.topology import Topology
 from elastic_moe.placement.transfers import plan_transfers
+from elastic_moe.pulse import Pulse
+from elastic_moe.transport.mooncake import RemoteMemory
 from elastic_moe.transport.staging import GroupStaging, Transfer
 from elastic_moe.weights import disk as disk_module
 from elastic_moe.weights.digest import digest
 from elastic_moe.weights.disk import Disk, OtherDisks
 from elastic_moe.weights.holders import Holder, Holders
 from elastic_moe.weights.memory import InMemory
+from elastic_moe.weights.reserves import FoundHolders
 from elastic_moe.weights.server import NOTHING, Gift, WeightServer
 from elastic_moe.weights.shelf import EngineShelf
 from elastic_moe.weights.sources import Account, Came, Missed, Origin, Until, Want, fill
@@ -94,6 +103,50 @@ def from_holders(fault: str, until: Until | None) -> Ran:
         starter.join()
         holders.close()
         server.close()
+
+
+def _backup(fault: str, file: int) -> Writer:
+    """In the memory of this process or another."""
+    writer = make_segment(file, [p for p in ALL if fault != "some" or p != WANTS[1][:2]])
+    if fault == "corrupt":
+        flip(writer, *WANTS[1][:2])
+    return writer
+
+
+def from_own_backup(fault: str, until: Until | None) -> Ran:
+    file = memfd()
+    _backup(fault, file)
+    return run([NodeMemory(lambda: path_of(file), "form")], store := make_store(), store, until)
+
+
+@contextlib.contextmanager
+def _daemon(fault: str, remote: RemoteMemory | None) -> Iterator[list[Holder]]:
+    """That of another node."""
+    shelf, server = BackupShelf(remote), WeightServer("127.0.0.1")
+    file = memfd()
+    _backup(fault, file)
+    shelf.segment = Segment(file)
+    if remote:
+        shelf.segment.on_arena = remote.register
+        shelf.segment.map_all()
+    starter = threading.Timer(0.1 if fault == "late" else 0.0, server.start, [shelf])
+    starter.start()
+    yield [Holder(server.address, Origin.REMOTE_DRAM)]
+    starter.join()
+    server.close()
+
+
+def from_another_backup(fault: str, until: Until | None) -> Ran:
+    with _daemon(fault, None) as daemons:
+        found = FoundHolders(Origin.REMOTE_DRAM, lambda: daemons, Deadlines(), "form", Pulse(), greet_s=0.5)
+        return run([found], store := make_store(), store, until)
+
+
+def from_another_backup_by_mooncake(fault: str, until: Until | None) -> Ran:
+    with _daemon(fault, RemoteMemory("127.0.0.1", "tcp", "")) as daemons:
+        mine = RemoteMemory("127.0.0.1", "tcp", "")
+        found = MooncakeMemory(lambda: daemons, lambda: mine, Deadlines(), "form", Pulse())
+        return run([found], store := make_store(), store, until)
 
 
 def together(
@@ -187,11 +240,17 @@ SOURCES: dict[str, tuple[Callable[[str, Until | None], Ran], Origin, set[str]]] 
     "disk, three at once": (from_disk_at_once, Origin.DISK, {"dies"}),
     "other disks": (from_other_disks, Origin.OTHER_DISK, {"deadline"}),
     "holders": (from_holders, Origin.NODE, set()),
+    "own backup": (from_own_backup, Origin.DRAM, {"wrong size", "late", "dies"}),
+    "another backup": (from_another_backup, Origin.REMOTE_DRAM, {"wrong size", "dies"}),
+    "another backup by mooncake": (from_another_backup_by_mooncake, Origin.REMOTE_DRAM, {"wrong size", "dies"}),
     "replicas": (from_replicas, Origin.NODE, {"some", "wrong size", "deadline"}),
 }
 """How to run each; where its bytes have been; what cannot befall it: a plan names what is held, one layout holds for a
-group, and what all ranks do together has the group's deadline; of three at once any is the first."""
+group, and what all ranks do together has the group's deadline; of three at once any is the first. A backup has one
+form, and is there or not: see `test_backup.py`."""
 
+READ_AGAIN = ("holders", "another backup")
+"""Bytes of others that change while they are read may be right the next time."""
 FAULTS = ["", "some", "corrupt", "wrong size", "late", "dies", "deadline"]
 CASES = [(name, fault) for name, (_, _, never) in SOURCES.items() for fault in FAULTS if fault not in never]
 
@@ -199,6 +258,8 @@ CASES = [(name, fault) for name, (_, _, never) in SOURCES.items() for fault in F
 @pytest.mark.parametrize(("name", "fault"), CASES, ids=[f"{name}: {fault or 'all come'}" for name, fault in CASES])
 def test_source(name: str, fault: str):
     act, origin, _ = SOURCES[name]
+    if name.endswith("mooncake"):
+        pytest.importorskip("mooncake.engine", exc_type=ImportError, reason="elastic_moe[mooncake] is not installed")
     if fault == "dies" and name in ("other disks", "replicas"):
         with pytest.raises(PeerLost):
             act(fault, None)
@@ -214,7 +275,7 @@ def test_source(name: str, fault: str):
             assert torch.equal(found, right)
     lacking = {"": [], "late": [], "dies": WANTS[1:]}.get(fault, [WANTS[1]])
     assert ran.fallback.asked_for == lacking
-    assert ran.account.rejected == int(fault == "corrupt") * (2 if name == "holders" else 1), "who is read again?"
+    assert ran.account.rejected == int(fault == "corrupt") * (2 if name in READ_AGAIN else 1)
     assert sum(ran.account.num_bytes.values()) == len(WANTS) * NUM_BYTES
     if origin is not Origin.OTHER_DISK:
         assert ran.account.num_bytes[origin] == (len(WANTS) - len(lacking)) * NUM_BYTES
