@@ -19,6 +19,7 @@ DTYPES = ("float32", "bfloat16", "float16", "auto")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 EXCHANGE_KINDS = ("collective", "symmetric")
 TRANSPORTS, PROTOCOLS = ("zmq", "mooncake"), ("tcp", "rdma")
+SOURCES = ("node", "remote", "dram", "remote_dram", "instance", "disk")
 BACKUP_MODES = ("off", "on")
 EPLB_MODES = ("off", "sync", "async")
 EPLB_ALGORITHMS = ("search", "deepseek")
@@ -98,6 +99,10 @@ class ElasticConfig:
     lighthouse: str = setting(
         "", "URL[,URL...] of outside lighthouses for membership; empty: one embedded on each node"
     )
+    sources: str = setting(
+        "",
+        f"comma list of where lost experts may come from: {', '.join(SOURCES)}; empty: all, in this order",
+    )
     secret_file: str = setting(
         "", "file with the secret that all nodes share; empty: ELASTIC_MOE_SECRET, or on one node one of its own"
     )
@@ -114,9 +119,16 @@ class ElasticConfig:
         self.deadlines(num_ranks=1)
         check(self.max_quick_deaths >= 1, "elastic.max_quick_deaths", self.max_quick_deaths, "must be 1 or more")
         check(self.min_members >= 1, "elastic.min_members", self.min_members, "must be 1 or more")
+        known = set(self.source_names) <= set(SOURCES)
+        check(known, "elastic.sources", self.sources, f"must be empty, or a comma list of {', '.join(SOURCES)}")
         urls = [url for url in self.lighthouse.split(",") if url]
         ok = all(url.startswith("http://") for url in urls)
         check(ok, "elastic.lighthouse", self.lighthouse, "must be empty, or http://HOST:PORT[,http://HOST:PORT...]")
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """The `sources`; all if it names none."""
+        return tuple(name.strip() for name in self.sources.split(",") if name.strip()) or SOURCES
 
     def deadlines(self, num_ranks: int) -> Deadlines:
         """Those of a launch of `num_ranks` ranks that serve.

@@ -98,7 +98,7 @@ class Loading:
         state = model.state_dict()
         dense = {name: state[name] for name in self._dense_names}
         kept = DigestFile(self._folder, reader.fingerprint, self._form) if reader and not self._seeds else None
-        runtime.hold(store, disk, dense, kept, self._form, others)
+        runtime.hold(store, disk if Origin.DISK in runtime.sources else None, dense, kept, self._form, others)
 
     def _find_seeds(self) -> list[Holder]:
         return find_holders(self._seeds, self._runtime.seat.wire.token)
@@ -109,7 +109,7 @@ class Loading:
         if runtime.is_member:
             seeds = self._find_seeds()
             return Holders(seeds, runtime.deadlines, self._form, self._find_seeds) if self._seeds else None
-        members = other_members(runtime.view, seat.member, seat.wire)
+        members = [m for m in other_members(runtime.view, seat.member, seat.wire) if m.origin in runtime.sources]
         return Holders(members, runtime.deadlines, self._form, lambda: [*members, *self._find_seeds()])
 
     def _others(self) -> list[Source]:
@@ -119,7 +119,7 @@ class Loading:
             runtime.backup, lambda: runtime.view, seat.member, seat.wire, runtime.deadlines, form, runtime.pulse
         )
         seeds = FoundHolders(Origin.INSTANCE, self._find_seeds, runtime.deadlines, form, runtime.pulse)
-        return [*others, *([seeds] if self._seeds else [])]
+        return [source for source in (*others, *([seeds] if self._seeds else [])) if source.nearest in runtime.sources]
 
     def _read_expert(self, layer: int, expert: int, out: Sequence[torch.Tensor]) -> int:
         if self._reader is None:

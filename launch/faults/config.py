@@ -9,7 +9,7 @@ from launch.config import load
 
 KINDS = (
     *("kill", "stop", "hang", "term", "kill_two", "kill_in_recovery", "hang_in_recovery"),
-    *("corrupt", "kill_node", "cut", "partition", "slow", "poison", "calm"),
+    *("corrupt", "kill_node", "kill_daemon", "cut", "partition", "slow", "poison", "calm"),
 )
 PAIRS = ("kill_two", "kill_in_recovery", "hang_in_recovery", "cut")
 """Kinds with two victims."""
@@ -73,6 +73,8 @@ class ChaosRunConfig(ServeConfig):
         """Raise ValueError with one line about the first value that cannot work."""
         super().validate()
         self.chaos.validate()
+        off = "kill_daemon" in self.chaos.kind_names() and self.backup.mode == "off"
+        check(not off, "chaos.kinds", self.chaos.kinds, "kill_daemon needs backup.mode=on")
 
 
 def server_overrides(config: ChaosRunConfig, overrides: list[str]) -> list[str]:

@@ -5,7 +5,7 @@ import contextlib
 import random
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -18,6 +18,7 @@ AFTER = (0.1, 0.7)
 """Fraction of the pieces of all answers that has arrived when a fault comes."""
 DELAY_S = (0.03, 0.3)
 """From the first victim of IN_RECOVERY to the second: as long as detection and recovery take."""
+DAEMON = "elastic_moe.backup.daemon"
 SIGNALS = {"stop": signal.SIGSTOP, "term": signal.SIGTERM}
 """Of the kinds that do not send SIGKILL."""
 IN_RECOVERY = ("kill_in_recovery", "hang_in_recovery")
@@ -95,6 +96,8 @@ async def fire(
         cuts: the wires between the ranks' hosts.
     """
     targets = list(node) if fault.kind == "kill_node" else [engines[rank] for rank in fault.ranks]
+    if fault.kind == "kill_daemon":
+        targets = [*backup_daemons(engines.values()), *targets]
     at = time.time()
     if fault.kind in OF_NETWORK and cuts is not None:
         await cuts.last(fault, LASTS_S[fault.kind])
@@ -104,6 +107,17 @@ async def fire(
     else:
         victims = await _signal(fault, targets)
     return Fired(at, time.time() if fault.kind in LASTS_S else at, tuple(victims))
+
+
+def backup_daemons(engines: Iterable[psutil.Process]) -> list[psutil.Process]:
+    """Those that stand beside these engines."""
+    found = []
+    for engine in engines:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            supervisor = engine.parent()
+            beside = supervisor.children() if supervisor else []
+            found += [process for process in beside if DAEMON in process.cmdline()]
+    return found
 
 
 class Cuts:

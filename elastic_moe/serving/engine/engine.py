@@ -109,6 +109,7 @@ class Engine:
             eplb=self._config.eplb,
             exchange=self._config.exchange,
             backup=self._config.backup,
+            sources=elastic.source_names,
         )
 
     def _weights_host(self) -> str:
