@@ -17,13 +17,13 @@ import time
 from collections.abc import Iterator, Sequence
 
 from elastic_moe.background import end_process, start_thread
+from elastic_moe.backup.mooncake import RemoteMemory, remote_memory
 from elastic_moe.backup.segment import Segment, Writer, parts_of
 from elastic_moe.backup.shares import share
 from elastic_moe.backup.start import BackupStart
 from elastic_moe.group.view import View
 from elastic_moe.memory.host import available_bytes
 from elastic_moe.supervision.channel import Channel, Ready, ViewChanged
-from elastic_moe.transport.mooncake import RemoteMemory, remote_memory
 from elastic_moe.weights.holding import GiveExpert, Given, Holding
 from elastic_moe.weights.host_digest import digest_of_bytes
 from elastic_moe.weights.link import Link, greet

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from elastic_moe.backup.mooncake import Read, RemoteMemory
 from elastic_moe.backup.segment import ALIGN
 from elastic_moe.deadlines import Deadlines
 from elastic_moe.pulse import Pulse
-from elastic_moe.transport.mooncake import Read, RemoteMemory
 from elastic_moe.weights.holders import Holder
 from elastic_moe.weights.link import Link, greet
 from elastic_moe.weights.sources import Came, Landing, Missed, Origin, Source, Told, Until, Want

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from elastic_moe.backup.mooncake import remote_memory
 from elastic_moe.backup.remote import GREET_S, MooncakeMemory
 from elastic_moe.backup.segment import Part, Record, Segment
 from elastic_moe.config import BackupConfig
 from elastic_moe.deadlines import Deadlines
 from elastic_moe.group.view import Member, View
 from elastic_moe.pulse import Pulse
-from elastic_moe.transport.mooncake import remote_memory
 from elastic_moe.weights.holders import Holder
 from elastic_moe.weights.reserves import FoundHolders
 from elastic_moe.weights.sources import Came, Landing, Missed, Origin, Source, Told, Until, Want

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from elastic_moe.backup.source import backups
+from elastic_moe.config import BackupConfig
 from elastic_moe.errors import CheckpointError, TransferFailed
 from elastic_moe.experts.layout import ExpertLayout
 from elastic_moe.experts.slots import SlotExperts
@@ -44,6 +45,8 @@ class Loading:
         experts: Mapping[str, nn.Module],
         folder: Path,
         seeds: Sequence[str],
+        backup: BackupConfig,
+        sources: Sequence[str],
     ) -> None:
         """Open the checkpoint, and greet who has the weights in memory.
 
@@ -51,6 +54,7 @@ class Loading:
             CheckpointError: the checkpoint is incomplete or does not fit; or there is none, and nobody has the weights.
         """
         self._model, self._runtime, self._folder, self._seeds = model, runtime, folder, seeds
+        self._backup, self._sources = backup, sources
         self._names = list(experts)
         self._layouts = {name: ExpertLayout.of_module(module) for name, module in experts.items()}
         self._form = _form(self._layouts, model)
@@ -98,7 +102,7 @@ class Loading:
         state = model.state_dict()
         dense = {name: state[name] for name in self._dense_names}
         kept = DigestFile(self._folder, reader.fingerprint, self._form) if reader and not self._seeds else None
-        runtime.hold(store, disk if Origin.DISK in runtime.sources else None, dense, kept, self._form, others)
+        runtime.hold(store, disk if Origin.DISK in self._sources else None, dense, kept, self._form, others)
 
     def _find_seeds(self) -> list[Holder]:
         return find_holders(self._seeds, self._runtime.seat.wire.token)
@@ -109,17 +113,17 @@ class Loading:
         if runtime.is_member:
             seeds = self._find_seeds()
             return Holders(seeds, runtime.deadlines, self._form, self._find_seeds) if self._seeds else None
-        members = [m for m in other_members(runtime.view, seat.member, seat.wire) if m.origin in runtime.sources]
+        members = [m for m in other_members(runtime.view, seat.member, seat.wire) if m.origin in self._sources]
         return Holders(members, runtime.deadlines, self._form, lambda: [*members, *self._find_seeds()])
 
     def _others(self) -> list[Source]:
         """Where lost experts come from beside the disk."""
         runtime, seat, form = self._runtime, self._runtime.seat, self._form
         others = backups(
-            runtime.backup, lambda: runtime.view, seat.member, seat.wire, runtime.deadlines, form, runtime.pulse
+            self._backup, lambda: runtime.view, seat.member, seat.wire, runtime.deadlines, form, runtime.pulse
         )
         seeds = FoundHolders(Origin.INSTANCE, self._find_seeds, runtime.deadlines, form, runtime.pulse)
-        return [source for source in (*others, *([seeds] if self._seeds else [])) if source.nearest in runtime.sources]
+        return [source for source in (*others, *([seeds] if self._seeds else [])) if source.nearest in self._sources]
 
     def _read_expert(self, layer: int, expert: int, out: Sequence[torch.Tensor]) -> int:
         if self._reader is None:

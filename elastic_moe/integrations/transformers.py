@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from elastic_moe.config import SOURCES, BackupConfig
 from elastic_moe.exchange.epochs import TokenShape
 from elastic_moe.experts.layout import ExpertLayout
 from elastic_moe.experts.slots import SlotExperts
@@ -57,6 +58,8 @@ def elasticize(
     slots_per_rank: int | None = None,
     redundant_slots: int = 0,
     load_from: Sequence[str] = (),
+    backup: BackupConfig | None = None,
+    sources: Sequence[str] = SOURCES,
     progress: Progress | None = None,
 ) -> PreTrainedModel:
     """Replace the experts modules of `model`, in place, by `ElasticMoELayer`s and load this rank's slots.
@@ -73,6 +76,8 @@ def elasticize(
         redundant_slots: spare slots per rank and layer, filled with replicas.
         load_from: URLs of servers that run the same model: weights are taken from them, whatever their number of ranks,
             and `checkpoint` is read for the rest; it may hold a config.json alone then.
+        backup: how the backups of nodes are read, if there are any.
+        sources: where lost experts may come from, see `ElasticConfig.sources`.
         progress: told of the bytes read.
 
     Returns:
@@ -98,7 +103,7 @@ def elasticize(
         expert_bytes=max(layout.num_bytes for layout in layouts.values()),
     )
     if checkpoint is not None:
-        loading = Loading(model, runtime, experts, Path(checkpoint), load_from)
+        loading = Loading(model, runtime, experts, Path(checkpoint), load_from, backup or BackupConfig(), sources)
         loading.load(lambda: _swap(model, runtime, experts), progress)
         return model.eval()
     trains = any(p.requires_grad for module in experts.values() for p in module.parameters())

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from elastic_moe.background import Latch
-from elastic_moe.config import SOURCES, BackupConfig, EplbConfig, ExchangeConfig
+from elastic_moe.config import EplbConfig, ExchangeConfig
 from elastic_moe.control.rebalance import load_balancer
 from elastic_moe.control.recovery import Recovery
 from elastic_moe.control.report import Report
@@ -73,15 +73,12 @@ class ElasticRuntime:
         eplb: EplbConfig | None = None,
         exchange: ExchangeConfig | None = None,
         pulse: Pulse | None = None,
-        backup: BackupConfig | None = None,
-        sources: Sequence[str] = SOURCES,
     ) -> None:
         """`view` is the current one, or, for a process that takes a dead one's seat, the last known.
 
         A member builds the groups of `view` here, together with all others; a newcomer gets its first ones by
         `recover`, once it holds what it brings. `eplb`: how experts are balanced; `exchange`: how tokens travel;
-        `pulse`: beats with all that this rank does; `deadlines`: all of them, instead of the two; `backup`: how it is
-        read from; `sources`: see `ElasticConfig.sources`.
+        `pulse`: beats with all that this rank does; `deadlines`: all of them, instead of the two.
         """
         self.seat = seat
         self.rank = seat.member.rank
@@ -90,7 +87,6 @@ class ElasticRuntime:
         self.handshakes = 0
         """Calls of `agree` in this epoch: the number of the step that all ranks are in."""
         self.pulse = pulse or Pulse()
-        self.backup, self.sources = backup or BackupConfig(), tuple(sources)
         self._thread = threading.get_ident()
         self._hooks = Hooks()
         self.on_rank_lost, self.on_rank_joined = self._hooks.rank_lost, self._hooks.rank_joined

@@ -19,6 +19,7 @@ from support.sources import EXPERTS, LAYERS, WANTS, make_store, tensors_of
 from elastic_moe.backup import daemon as daemon_module
 from elastic_moe.backup import segment as segment_module
 from elastic_moe.backup.daemon import Filler, Shelf
+from elastic_moe.backup.mooncake import remote_memory
 from elastic_moe.backup.remote import MooncakeMemory
 from elastic_moe.backup.segment import ALIGN, Segment, Writer
 from elastic_moe.backup.shares import keepers, share
@@ -28,7 +29,6 @@ from elastic_moe.config import BackupConfig
 from elastic_moe.deadlines import Deadlines
 from elastic_moe.group.view import Backup, Member, View, backups_of
 from elastic_moe.pulse import Pulse
-from elastic_moe.transport.mooncake import remote_memory
 from elastic_moe.weights.digest import digest
 from elastic_moe.weights.holders import Holder
 from elastic_moe.weights.server import NOTHING, Gift, WeightServer

@@ -30,6 +30,7 @@ from support.sources import (
 from support.wires import WireGroup, Wires
 
 from elastic_moe.backup.daemon import Shelf as BackupShelf
+from elastic_moe.backup.mooncake import RemoteMemory
 from elastic_moe.backup.remote import MooncakeMemory
 from elastic_moe.backup.segment import Segment, Writer
 from elastic_moe.backup.source import NodeMemory
@@ -41,7 +42,6 @@ from elastic_moe.placement.placement import EMPTY, Placement
 from elastic_moe.placement.topology import Topology
 from elastic_moe.placement.transfers import plan_transfers
 from elastic_moe.pulse import Pulse
-from elastic_moe.transport.mooncake import RemoteMemory
 from elastic_moe.transport.staging import GroupStaging, Transfer
 from elastic_moe.weights import disk as disk_module
 from elastic_moe.weights.digest import digest

@@ -108,8 +108,6 @@ class Engine:
             min_members=elastic.min_members,
             eplb=self._config.eplb,
             exchange=self._config.exchange,
-            backup=self._config.backup,
-            sources=elastic.source_names,
         )
 
     def _weights_host(self) -> str:
@@ -137,6 +135,8 @@ class Engine:
                 slots_per_rank=config.elastic.slots_per_rank,
                 redundant_slots=config.elastic.redundant_slots,
                 load_from=config.model.seeds,
+                backup=config.backup,
+                sources=config.elastic.source_names,
                 progress=progress,
             )
         self._load_seconds = time.monotonic() - begin
