@@ -24,7 +24,7 @@ from elastic_moe.backup.start import BackupStart
 from elastic_moe.group.view import View
 from elastic_moe.memory.host import available_bytes
 from elastic_moe.supervision.channel import Channel, Ready, ViewChanged
-from elastic_moe.weights.holding import GiveExpert, Given, Holding
+from elastic_moe.weights.holding import GiveExpert, Given, Holding, Shared
 from elastic_moe.weights.host_digest import digest_of_bytes
 from elastic_moe.weights.link import Link, greet
 from elastic_moe.weights.server import NOTHING, Gift, WeightServer
@@ -61,6 +61,10 @@ class Shelf:
     def dense(self, name: str) -> Gift:
         """See `server.Shelf`: experts only are kept."""
         return NOTHING
+
+    def share(self) -> Shared:
+        """See `server.Shelf`: no GPU is known here."""
+        return Shared()
 
     def expert(self, layer: int, expert: int) -> Gift:
         """See `server.Shelf`."""

@@ -4,13 +4,14 @@ import hashlib
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from elastic_moe.backup.source import backups
-from elastic_moe.config import BackupConfig
+from elastic_moe.config import SOURCES, BackupConfig
 from elastic_moe.errors import CheckpointError, TransferFailed
 from elastic_moe.experts.layout import ExpertLayout
 from elastic_moe.experts.slots import SlotExperts
@@ -23,6 +24,7 @@ from elastic_moe.weights.holders import Holder, Holders, other_members
 from elastic_moe.weights.instance import find_holders
 from elastic_moe.weights.manifest import DigestFile
 from elastic_moe.weights.materialize import materialize, set_tensor, untied
+from elastic_moe.weights.peer_gpu import PeerGpus
 from elastic_moe.weights.reserves import FoundHolders
 from elastic_moe.weights.shards import has_weights
 from elastic_moe.weights.sources import Origin, Source, fill
@@ -34,8 +36,19 @@ Progress = Callable[[int, int], None]
 """Called with (bytes read so far, bytes to read in all) while weights are loaded."""
 
 
+class Whence(NamedTuple):
+    """Where weights come from beside a checkpoint."""
+
+    seeds: Sequence[str] = ()
+    """URLs of servers that run the same model, whatever their number of ranks."""
+    backup: BackupConfig = BackupConfig()
+    """How the backups of nodes are read, if there are any."""
+    sources: Sequence[str] = SOURCES
+    """Where lost experts may come from, see `ElasticConfig.sources`."""
+
+
 class Loading:
-    """Everything that this rank needs: from the members, if it is a newcomer, else from the instances `seeds`; what
+    """Everything that this rank needs: from the members, if it is a newcomer, else from the instances of `whence`; what
     they have not, from the checkpoint in `folder`, if there is one."""
 
     def __init__(
@@ -44,21 +57,20 @@ class Loading:
         runtime: ElasticRuntime,
         experts: Mapping[str, nn.Module],
         folder: Path,
-        seeds: Sequence[str],
-        backup: BackupConfig,
-        sources: Sequence[str],
+        whence: Whence,
     ) -> None:
         """Open the checkpoint, and greet who has the weights in memory.
 
         Raises:
             CheckpointError: the checkpoint is incomplete or does not fit; or there is none, and nobody has the weights.
         """
-        self._model, self._runtime, self._folder, self._seeds = model, runtime, folder, seeds
-        self._backup, self._sources = backup, sources
+        self._model, self._runtime, self._folder = model, runtime, folder
+        self._seeds, self._backup, self._sources = whence
         self._names = list(experts)
         self._layouts = {name: ExpertLayout.of_module(module) for name, module in experts.items()}
         self._form = _form(self._layouts, model)
         self._reader = CheckpointReader(folder, model, self._layouts) if has_weights(folder) else None
+        self._gpus = self._find_gpus()
         self._holders = self._find_holders()
         holdings = self._holders.holdings if self._holders else []
         if self._reader is None and not holdings:
@@ -87,7 +99,8 @@ class Loading:
         runtime.pool.loaded.on_progress = tell
         goal = runtime.pool.placement.of_rank(runtime.rank)
         others = self._others()
-        sources = [source for source in (holders, disk) if source] + ([] if runtime.is_member else others)
+        sources = [source for source in (self._gpus, holders, disk) if source]
+        sources += [] if runtime.is_member else others
         try:
             fill(store.wants(goal), store, sources, runtime.pool.loaded)
         except TransferFailed as error:
@@ -95,7 +108,7 @@ class Loading:
                 raise CheckpointError(str(error)) from error
             raise
         if holders:
-            came = holders.dense_bytes / 1e6
+            came = (holders.dense_bytes + (self._gpus.dense_bytes if self._gpus else 0)) / 1e6
             log.info("dense weights: %.1f MB from memory of others; experts: %s", came, runtime.pool.loaded)
             holders.close()
         materialize(model, runtime.device, reader.missing if reader else untied(model))
@@ -115,6 +128,19 @@ class Loading:
             return Holders(seeds, runtime.deadlines, self._form, self._find_seeds) if self._seeds else None
         members = [m for m in other_members(runtime.view, seat.member, seat.wire) if m.origin in self._sources]
         return Holders(members, runtime.deadlines, self._form, lambda: [*members, *self._find_seeds()])
+
+    def _find_gpus(self) -> PeerGpus | None:
+        """Of the members on this host, for a newcomer; or of the seeds, if they are here."""
+        runtime, seat = self._runtime, self._runtime.seat
+        if runtime.device.type != "cuda":
+            return None
+
+        def members() -> list[Holder]:
+            found = other_members(runtime.view, seat.member, seat.wire)
+            return [holder for holder in found if holder.origin is Origin.NODE and Origin.NODE in self._sources]
+
+        nearest, find = (Origin.INSTANCE, self._find_seeds) if runtime.is_member else (Origin.NODE, members)
+        return PeerGpus(nearest, find, runtime.deadlines, self._form)
 
     def _others(self) -> list[Source]:
         """Where lost experts come from beside the disk."""
@@ -148,6 +174,9 @@ class Loading:
         state, dtypes, had = self._model.state_dict(), target_dtypes(self._model), set()
         device = self._runtime.device
         out = {n: torch.empty(state[n].shape, dtype=dtypes[n], device=device) for n in self._dense_names}
+        for name in self._gpus.dense(out) if self._gpus else ():
+            set_tensor(self._model, name, out.pop(name))
+            had.add(name)
         for name in self._holders.dense(out) if self._holders else ():
             set_tensor(self._model, name, out[name])
             had.add(name)

@@ -1,18 +1,16 @@
 """elasticize: give a transformers MoE model its experts in slots, spread over the ranks of a runtime."""
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from elastic_moe.config import SOURCES, BackupConfig
 from elastic_moe.exchange.epochs import TokenShape
 from elastic_moe.experts.layout import ExpertLayout
 from elastic_moe.experts.slots import SlotExperts
-from elastic_moe.integrations.loading import Loading, Progress
+from elastic_moe.integrations.loading import Loading, Progress, Whence
 from elastic_moe.layer import ElasticMoELayer
 from elastic_moe.runtime import ElasticRuntime
 from elastic_moe.weights.memory import InMemory
@@ -57,9 +55,7 @@ def elasticize(
     checkpoint: str | Path | None = None,
     slots_per_rank: int | None = None,
     redundant_slots: int = 0,
-    load_from: Sequence[str] = (),
-    backup: BackupConfig | None = None,
-    sources: Sequence[str] = SOURCES,
+    whence: Whence | None = None,
     progress: Progress | None = None,
 ) -> PreTrainedModel:
     """Replace the experts modules of `model`, in place, by `ElasticMoELayer`s and load this rank's slots.
@@ -74,10 +70,7 @@ def elasticize(
         checkpoint: folder with safetensors and config.json.
         slots_per_rank: S; default ceil(E / R) + `redundant_slots`.
         redundant_slots: spare slots per rank and layer, filled with replicas.
-        load_from: URLs of servers that run the same model: weights are taken from them, whatever their number of ranks,
-            and `checkpoint` is read for the rest; it may hold a config.json alone then.
-        backup: how the backups of nodes are read, if there are any.
-        sources: where lost experts may come from, see `ElasticConfig.sources`.
+        whence: where weights come from beside the checkpoint, which may hold a config.json alone then.
         progress: told of the bytes read.
 
     Returns:
@@ -103,7 +96,7 @@ def elasticize(
         expert_bytes=max(layout.num_bytes for layout in layouts.values()),
     )
     if checkpoint is not None:
-        loading = Loading(model, runtime, experts, Path(checkpoint), load_from, backup or BackupConfig(), sources)
+        loading = Loading(model, runtime, experts, Path(checkpoint), whence or Whence())
         loading.load(lambda: _swap(model, runtime, experts), progress)
         return model.eval()
     trains = any(p.requires_grad for module in experts.values() for p in module.parameters())

@@ -68,6 +68,40 @@ def copy(target: int, source: int, num_bytes: int, stream: torch.cuda.Stream) ->
     _checked(_driver().cuMemcpyAsync(target, source, num_bytes, stream.cuda_stream))
 
 
+def export(address: int) -> tuple[bytes, int]:
+    """The driver's name of the allocation that a device address lies in, for other processes; and where it lies in it.
+
+    Raises:
+        RuntimeError: it is memory that has no such name (of `allocate`, or of torch's expandable segments).
+    """
+    cuda = _driver()
+    base, _ = _checked(cuda.cuMemGetAddressRange(address))
+    (handle,) = _checked(cuda.cuIpcGetMemHandle(base))
+    return bytes(handle.reserved), address - int(base)
+
+
+def open_exported(allocation: bytes) -> int:
+    """The address here of an allocation that another process has exported.
+
+    Raises:
+        PeerLost: it is there no more, or cannot be reached from this process's GPU.
+    """
+    cuda = _driver()
+    handle = cuda.CUipcMemHandle()
+    handle.reserved = allocation
+    flag = cuda.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
+    try:
+        (address,) = _checked(cuda.cuIpcOpenMemHandle(handle, flag))
+    except RuntimeError as error:
+        raise PeerLost(f"memory of another process's GPU cannot be mapped: {error}") from error
+    return int(address)
+
+
+def close_exported(address: int) -> None:
+    """Give such a mapping back. No copy may be using it."""
+    _checked(_driver().cuIpcCloseMemHandle(address))
+
+
 def as_tensor(block: Block, device: torch.device) -> torch.Tensor:
     """uint8 [num_bytes] over a block of this process's own memory."""
     return torch.as_tensor(_Exported(block), device=device)

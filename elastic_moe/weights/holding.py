@@ -24,7 +24,11 @@ class GiveExpert(msgspec.Struct, tag="expert", frozen=True):
     expert: int
 
 
-Request = Greet | GiveDense | GiveExpert
+class Share(msgspec.Struct, tag="share", frozen=True):
+    """Where is it in the memory of your GPU? For processes of the same host. Answered with a `Shared`."""
+
+
+Request = Greet | GiveDense | GiveExpert | Share
 
 
 class DenseTensor(msgspec.Struct, frozen=True):
@@ -60,7 +64,28 @@ class Given(msgspec.Struct, tag="given", frozen=True):
     digest: int = 0
 
 
-Answer = Holding | Given
+class GpuTensor(msgspec.Struct, frozen=True):
+    """One that processes of the host can map."""
+
+    allocation: str
+    """What the driver calls the memory that it lies in, as hexadecimal digits."""
+    offset: int
+    """In it, in bytes."""
+    dtype: str
+    shape: list[int]
+
+
+class Shared(msgspec.Struct, tag="shared", frozen=True):
+    """What is in the memory of a GPU; nothing of a process without one."""
+
+    held: list[list[int]] = []
+    """[L, S]: the expert in each slot, -1 for none."""
+    layers: list[list[GpuTensor]] = []
+    """Of each layer its tensors [S, ...], in the order of its layout."""
+    dense: dict[str, GpuTensor] = {}
+
+
+Answer = Holding | Given | Shared
 
 
 class HolderAddress(msgspec.Struct, frozen=True):

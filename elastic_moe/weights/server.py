@@ -21,6 +21,8 @@ from elastic_moe.weights.holding import (
     Greet,
     Holding,
     Request,
+    Share,
+    Shared,
     decode_request,
     encode,
 )
@@ -52,6 +54,10 @@ class Shelf(Protocol):
 
     def expert(self, layer: int, expert: int) -> Gift:
         """`NOTHING` if it is not there."""
+        ...
+
+    def share(self) -> Shared:
+        """Where it is in the memory of a GPU."""
         ...
 
 
@@ -101,3 +107,5 @@ def _answer(shelf: Shelf, request: Request) -> tuple[Answer, Sequence[memoryview
             return shelf.dense(name)
         case GiveExpert(layer, expert):
             return shelf.expert(layer, expert)
+        case Share():
+            return shelf.share(), ()

@@ -1,15 +1,19 @@
 """What an engine gives of its own memory."""
 
+import logging
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
+from elastic_moe.memory import device_memory
 from elastic_moe.placement.placement import EMPTY
 from elastic_moe.weights.digest import digest
-from elastic_moe.weights.holding import DenseTensor, Given, Holding
+from elastic_moe.weights.holding import DenseTensor, Given, GpuTensor, Holding, Shared
 from elastic_moe.weights.server import NOTHING, Gift
 from elastic_moe.weights.store import UNKNOWN, ExpertStore
+
+log = logging.getLogger(__name__)
 
 
 class EngineShelf:
@@ -55,6 +59,22 @@ class EngineShelf:
         slots = np.flatnonzero(store.held[layer] == expert).tolist() if expert != EMPTY else ()
         return self._gift(store.tensors(layer, slots[0]), int(store.digests[layer, expert])) if slots else NOTHING
 
+    def share(self) -> Shared:
+        """See `Shelf.share`."""
+        store = self._store
+        tensors = [[getattr(layer, name) for name in layer.layout.names] for layer in store.layers]
+        if not tensors[0][0].is_cuda:
+            return Shared()
+        try:
+            return Shared(
+                store.held.tolist(),
+                [[_shared(tensor) for tensor in some] for some in tensors],
+                {name: _shared(tensor) for name, tensor in self._dense.items() if tensor.is_contiguous()},
+            )
+        except RuntimeError as error:  # of the driver; readers have other ways
+            log.warning("this GPU's memory cannot be shared: %s", error)
+            return Shared()
+
     def _gift(self, tensors: Sequence[torch.Tensor], known: int) -> Gift:
         """The digest goes with them that the group knows; their own if it knows none."""
         tensors = [tensor.detach() for tensor in tensors]
@@ -75,3 +95,8 @@ class EngineShelf:
             copies = [torch.empty_like(t, device="cpu", pin_memory=True).copy_(t, non_blocking=True) for t in tensors]
         self._stream.synchronize()
         return copies
+
+
+def _shared(tensor: torch.Tensor) -> GpuTensor:
+    allocation, offset = device_memory.export(tensor.data_ptr())
+    return GpuTensor(allocation.hex(), offset, str(tensor.dtype), list(tensor.shape))

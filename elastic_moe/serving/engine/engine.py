@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from elastic_moe.background import end_process, start_thread
 from elastic_moe.config import ModelConfig, ServeConfig, is_loopback
 from elastic_moe.errors import BatchFailed, ElasticError, NotEnoughMembers, NotEnoughSlots, PeerLost, TransferFailed
+from elastic_moe.integrations.loading import Whence
 from elastic_moe.integrations.transformers import LoadTimer, elasticize, find_experts, meta_model
 from elastic_moe.membership.launch import Launch, host_of
 from elastic_moe.membership.signals import Wake
@@ -134,9 +135,7 @@ class Engine:
                 checkpoint=config.model.path,
                 slots_per_rank=config.elastic.slots_per_rank,
                 redundant_slots=config.elastic.redundant_slots,
-                load_from=config.model.seeds,
-                backup=config.backup,
-                sources=config.elastic.source_names,
+                whence=Whence(config.model.seeds, config.backup, config.elastic.source_names),
                 progress=progress,
             )
         self._load_seconds = time.monotonic() - begin
