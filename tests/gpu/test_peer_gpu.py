@@ -45,14 +45,12 @@ def empty() -> ExpertStore:
 
 
 def has_all(store: ExpertStore) -> bool:
-    return all(
-        store.held[layer, expert] == expert
-        and all(
-            bool((t == torch.tensor(layer + expert / 100).bfloat16().item()).all())
-            for t in store.tensors(layer, expert)
-        )
-        for layer in range(SIZE[0])
-        for expert in range(SIZE[1])
+    right = make_store(*SIZE, torch.device("cpu"), full=True)
+    places = [(layer, expert) for layer in range(SIZE[0]) for expert in range(SIZE[1])]
+    return bool((store.held == right.held).all()) and all(
+        torch.equal(found.cpu(), wanted)
+        for place in places
+        for found, wanted in zip(store.tensors(*place), right.tensors(*place), strict=True)
     )
 
 
