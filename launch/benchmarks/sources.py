@@ -1,6 +1,6 @@
 """bench=sources: how fast one rank's experts come from their source, against the limit of the machine.
 
-`limit_gb_per_s` is measured in the same run. Of disk: as many threads read the same files from the page cache, in slices
+`limit_gb_per_s` is of the same run. Of disk: as many threads read the same files from the page cache, in slices
 of the same size, into buffers of their own (on a GPU: pinned ones, and copy them to it), and do nothing else. Of dram:
 one thread copies as many bytes from the segment's memory (pinned, on a GPU), an arena at a time.
 """
