@@ -214,7 +214,14 @@ class RankSupervisor:
         self._hang_watch.begin(time.monotonic())
         self._proof = secrets.token_hex(16)
         name = incarnation_of(self._proof)
-        start = SeatStart(self._launch, self._lighthouse, self._backup, self._signals_port, name, self._view)
+        start = SeatStart(
+            self._launch,
+            lighthouse=self._lighthouse,
+            backup=self._backup,
+            signals_port=self._signals_port,
+            incarnation=name,
+            rejoin=self._view,
+        )
         self.start_process(start)
 
     def _start_lighthouse(self) -> Child:

@@ -145,7 +145,13 @@ class _Seats:
     def _start(self, rank: int, rejoin: View | None) -> None:
         lighthouse = self._lighthouse if rank == 0 else ""
         self._proofs[rank] = proof = f"life {self._lives[rank]} of rank {rank}"
-        start = SeatStart(self._ranks.launch(rank), lighthouse, self._ports[rank], incarnation_of(proof), rejoin)
+        start = SeatStart(
+            self._ranks.launch(rank),
+            lighthouse=lighthouse,
+            signals_port=self._ports[rank],
+            incarnation=incarnation_of(proof),
+            rejoin=rejoin,
+        )
         self._ranks.start(rank, self._work, msgspec.json.encode(start), self._lives[rank], *self._args)
 
     def _views(self) -> list[View]:
