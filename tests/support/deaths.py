@@ -15,7 +15,7 @@ from elastic_moe.experts.slots import SlotExperts
 from elastic_moe.group.epoch_groups import EpochGroups
 from elastic_moe.group.process_group import Group
 from elastic_moe.group.step_barrier import StepBarrier
-from elastic_moe.integrations import transformers as integration
+from elastic_moe.integrations.loading import Loading
 from elastic_moe.membership.quorum import Membership
 from elastic_moe.placement.registry import PlacementRegistry
 from elastic_moe.runtime import ElasticRuntime
@@ -46,7 +46,7 @@ POINTS: Mapping[str, tuple[Any, str]] = {
     "gather": (Recovery, "_gather"),
     "fill": (recovery, "fill"),
     "commit": (PlacementRegistry, "commit"),
-    "load": (integration, "_load"),
+    "load": (Loading, "load"),
     "plan": (Round, "_agree"),
     "stage": (Round, "_stage"),
     "barrier": (StepBarrier, "begin"),
@@ -54,6 +54,8 @@ POINTS: Mapping[str, tuple[Any, str]] = {
 }
 """Where a rank can die: at the call of these; besides `between` (after a forward), `vote`, and `accept` (of an expert,
 once the process has loaded its own)."""
+MOVED = [point for point, (owner, name) in POINTS.items() if not hasattr(owner, name)]
+assert not MOVED, f"the code of {MOVED} is not where tests lay their traps"
 
 OF_THE_WORK = ("between", "in a replay")
 """Points at which the work itself dies: after a forward; on a GPU, while its kernels run (`gpu/graph_ranks.py`)."""
