@@ -39,7 +39,9 @@ QWEN3_30B: dict[str, Any] = SHAPE | {
 SMALL: dict[str, Any] = QWEN3_30B | {"num_hidden_layers": 4, "num_experts": 64}
 """Half the experts of a twelfth of the layers: 2.4 GB, so that a benchmark does not spend its time on writing and
 reading it."""
-SHAPES = {"small": SMALL, "qwen3_30b": QWEN3_30B}
+MEDIUM: dict[str, Any] = QWEN3_30B | {"num_hidden_layers": 8}
+"""A sixth of the layers: 9.7 GB."""
+SHAPES = {"small": SMALL, "medium": MEDIUM, "qwen3_30b": QWEN3_30B}
 
 
 def bytes_per_step(shape: dict[str, Any], num_tokens: int, num_gpus: int = 1) -> float:

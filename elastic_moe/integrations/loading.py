@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -64,6 +65,7 @@ class Loading:
         Raises:
             CheckpointError: the checkpoint is incomplete or does not fit; or there is none, and nobody has the weights.
         """
+        self._began_at = time.monotonic()
         self._model, self._runtime, self._folder = model, runtime, folder
         self._seeds, self._backup, self._sources = whence
         self._names = list(experts)
@@ -108,9 +110,8 @@ class Loading:
                 raise CheckpointError(str(error)) from error
             raise
         if holders:
-            came = (holders.dense_bytes + (self._gpus.dense_bytes if self._gpus else 0)) / 1e6
-            log.info("dense weights: %.1f MB from memory of others; experts: %s", came, runtime.pool.loaded)
             holders.close()
+        self._say()
         materialize(model, runtime.device, reader.missing if reader else untied(model))
         state = model.state_dict()
         dense = {name: state[name] for name in self._dense_names}
@@ -197,6 +198,18 @@ class Loading:
                 progress(from_memory + (self._reader.bytes_read if self._reader else 0), total)
 
         return tell
+
+    def _say(self) -> None:
+        """Log how much came from where, how fast."""
+        experts, seconds = self._runtime.pool.loaded, time.monotonic() - self._began_at
+        found = (self._holders.dense_bytes if self._holders else 0) + (self._gpus.dense_bytes if self._gpus else 0)
+        state, dtypes = self._model.state_dict(), target_dtypes(self._model)
+        dense = sum(state[name].numel() * dtypes[name].itemsize for name in self._dense_names)
+        total = sum(experts.num_bytes.values()) + dense
+        told = (
+            "weights: %.2f GB in %.2f s (%.2f GB/s); %.1f of %.1f MB of dense ones from memory of others; experts: %s"
+        )
+        log.info(told, total / 1e9, seconds, total / 1e9 / seconds, found / 1e6, dense / 1e6, experts)
 
     def _no_weights(self) -> str:
         seeds = ",".join(self._seeds)
