@@ -21,6 +21,7 @@ EXCHANGE_KINDS = ("collective", "symmetric")
 TRANSPORTS, PROTOCOLS = ("zmq", "mooncake"), ("tcp", "rdma")
 SOURCES = ("node", "remote", "dram", "remote_dram", "instance", "disk")
 BACKUP_MODES = ("off", "on")
+SPARES = ("auto", "on", "off")
 EPLB_MODES = ("off", "sync", "async")
 EPLB_ALGORITHMS = ("search", "deepseek")
 
@@ -99,6 +100,11 @@ class ElasticConfig:
     lighthouse: str = setting(
         "", "URL[,URL...] of outside lighthouses for membership; empty: one embedded on each node"
     )
+    spare_process: str = setting(
+        "auto",
+        f"one of {', '.join(SPARES)}: a process beside each engine that has imported everything, and takes its seat "
+        "when it dies; auto: where engines run on GPUs",
+    )
     sources: str = setting(
         "",
         f"comma list of where lost experts may come from: {', '.join(SOURCES)}; empty: all, in this order",
@@ -119,11 +125,17 @@ class ElasticConfig:
         self.deadlines(num_ranks=1)
         check(self.max_quick_deaths >= 1, "elastic.max_quick_deaths", self.max_quick_deaths, "must be 1 or more")
         check(self.min_members >= 1, "elastic.min_members", self.min_members, "must be 1 or more")
+        ok = self.spare_process in SPARES
+        check(ok, "elastic.spare_process", self.spare_process, f"must be one of {', '.join(SPARES)}")
         known = set(self.source_names) <= set(SOURCES)
         check(known, "elastic.sources", self.sources, f"must be empty, or a comma list of {', '.join(SOURCES)}")
         urls = [url for url in self.lighthouse.split(",") if url]
         ok = all(url.startswith("http://") for url in urls)
         check(ok, "elastic.lighthouse", self.lighthouse, "must be empty, or http://HOST:PORT[,http://HOST:PORT...]")
+
+    def keeps_spare(self, device: str) -> bool:
+        """Whether an engine on a device of this kind has a spare process."""
+        return self.spare_process == "on" or (self.spare_process == "auto" and device == "cuda")
 
     @property
     def source_names(self) -> tuple[str, ...]:
@@ -240,7 +252,7 @@ class ServingConfig:
     cuda_graphs: bool = setting(
         True, "with exchange.kind=symmetric: forwards in CUDA graphs, if no layer waits for the GPU"
     )
-    graph_tokens: int = setting(16, "a captured forward is padded to a multiple of so many tokens")
+    graph_tokens: int = setting(16, "a captured forward is padded to a multiple of so many tokens, a large one further")
     prefix_caching: bool = setting(True, "share KV pages between requests with the same beginning")
 
     @property

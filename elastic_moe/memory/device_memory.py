@@ -68,6 +68,14 @@ def copy(target: int, source: int, num_bytes: int, stream: torch.cuda.Stream) ->
     _checked(_driver().cuMemcpyAsync(target, source, num_bytes, stream.cuda_stream))
 
 
+def use(device: torch.device) -> None:
+    """Have this thread work with that GPU. torch's `set_device` alone leaves a new thread without a context, of which
+    the driver's calls are part."""
+    cuda = _driver()
+    (context,) = _checked(cuda.cuDevicePrimaryCtxRetain(device.index))
+    _checked(cuda.cuCtxSetCurrent(context))
+
+
 def export(address: int) -> tuple[bytes, int]:
     """The driver's name of the allocation that a device address lies in, for other processes; and where it lies in it.
 

@@ -18,11 +18,13 @@ from elastic_moe.serving.protocol import Hello, Phase, Status, decode_to_front_e
 from elastic_moe.serving.starts import EngineStart, FrontEndStart
 from elastic_moe.supervision.channel import Ready, ViewChanged
 from elastic_moe.supervision.ports import lasting_port
-from elastic_moe.supervision.rank_supervisor import BACKUP, SEAT, RankSupervisor
+from elastic_moe.supervision.rank_supervisor import BACKUP, SEAT, SPARE, RankSupervisor
 from elastic_moe.supervision.supervisor import Child, Event, complain
 from elastic_moe.wire import PLAIN, Wire
 
 FRONT_END = "front end"
+SPARE_AFTER_S = 5.0
+"""A spare process is started so long after the process in the seat serves: its imports take a core for seconds."""
 ANSWER_S = 1.0
 """How long an engine may take to say that it serves."""
 
@@ -41,6 +43,7 @@ class ServeSupervisor(RankSupervisor):
         super().__init__(launch, deadlines, elastic.max_quick_deaths, keeps_lighthouse=keeps_lighthouse)
         self._config = config
         self._listener = listener
+        self._keeps_spare = False
         self._segment: int | None = None
         if listener is not None and config.backup.mode == "on":
             host = host_of(launch)
@@ -58,7 +61,7 @@ class ServeSupervisor(RankSupervisor):
 
     def start_process(self, start: SeatStart) -> Child:
         """See the base."""
-        engine = self._supervisor.start(SEAT, [sys.executable, "-m", "elastic_moe.serving.engine.engine"])
+        engine = self._supervisor.promote(SPARE, SEAT) or self._start_engine(SEAT)
         engine.send(EngineStart(start, self._config))
         return engine
 
@@ -67,7 +70,13 @@ class ServeSupervisor(RankSupervisor):
         own = {FRONT_END: self._start_front_end} if self._listener is not None else {}
         if self._segment is not None:
             own[BACKUP] = self._start_backup
+        if self._keeps_spare:
+            own[SPARE] = lambda: self._start_engine(SPARE)
         return super().services() | own
+
+    def starts_at_once(self) -> bool:
+        """See the base."""
+        return self._supervisor.has(SPARE)
 
     def others_serve(self) -> bool:
         """See the base."""
@@ -82,10 +91,20 @@ class ServeSupervisor(RankSupervisor):
 
     def on_message(self, event: Event) -> None:
         """See the base."""
-        if isinstance(event.message, Ready) and event.child == FRONT_END:
+        if not isinstance(event.message, Ready):
+            return
+        if event.child == SEAT:
+            self._keeps_spare = self._config.elastic.keeps_spare(event.message.detail)
+            if self._keeps_spare and not self._supervisor.has(SPARE):
+                self.start_later(SPARE, SPARE_AFTER_S)
+        elif event.child == FRONT_END:
             name, url = self._config.model.name, event.message.detail
             sys.stdout.write(f"elastic_moe: node {self._launch.node} serves {name} at {url}\n")
             sys.stdout.flush()
+
+    def _start_engine(self, name: str) -> Child:
+        """It imports what it needs, and waits for its `EngineStart`."""
+        return self._supervisor.start(name, [sys.executable, "-m", "elastic_moe.serving.engine.engine"])
 
     def _start_front_end(self) -> Child:
         if self._listener is None:

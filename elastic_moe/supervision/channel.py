@@ -32,7 +32,7 @@ class ViewChanged(msgspec.Struct, tag="view", frozen=True):
 
 
 class Ready(msgspec.Struct, tag="ready", frozen=True):
-    """Child -> supervisor: at work. `detail` is for people (a URL)."""
+    """Child -> supervisor: at work. `detail`: a front end's URL, the kind of device of an engine."""
 
     detail: str = ""
 

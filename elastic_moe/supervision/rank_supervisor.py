@@ -21,15 +21,15 @@ from elastic_moe.supervision.supervisor import (
     end_with_parent,
     raise_file_limit,
 )
-from elastic_moe.supervision.watch import MAX_BACKOFF_S, HangWatch, Respawns, ServiceHealth
+from elastic_moe.supervision.watch import MAX_BACKOFF_S, RESPAWN_S, HangWatch, Respawns, ServiceHealth
 
 POLL_S = 0.1
 """How often a supervisor looks whether a process hangs or is to be started, when nothing happens."""
 FILES, FILES_PER_RANK = 200, 12
 """Open files of an engine (libraries, its own sockets), and for each peer (two gloo groups, two of the balancer,
 their duplicates for an abort, signals)."""
-SEAT, LIGHTHOUSE, BACKUP = "process", "lighthouse", "backup"
-OPTIONAL = (BACKUP,)
+SEAT, LIGHTHOUSE, BACKUP, SPARE = "process", "lighthouse", "backup", "spare process"
+OPTIONAL = (BACKUP, SPARE)
 """Services that a launch goes on without."""
 
 
@@ -106,6 +106,10 @@ class RankSupervisor:
             return 1
         return None
 
+    def starts_at_once(self) -> bool:
+        """Whether a process is there that only waits to be told who it is."""
+        return False
+
     def others_serve(self) -> bool:
         """Whether another rank does the work of the group, so that this one may go on trying."""
         return False
@@ -144,6 +148,8 @@ class RankSupervisor:
             return end
         served_s = 0.0 if self._joined_at is None else now - self._joined_at
         wait_s = self._respawns.after_death(served_s)
+        if wait_s == RESPAWN_S and self.starts_at_once():
+            wait_s = 0.0
         why = self._refused or f"the process died with code {code}"
         if (self._respawns.is_hopeless or self._refused) and not self.others_serve():
             why = self._refused or self._respawns.reason
@@ -168,6 +174,10 @@ class RankSupervisor:
             return 1
         self._services_due[name] = now + wait_s
         return None
+
+    def start_later(self, name: str, seconds: float) -> None:
+        """Start a service so many seconds from now."""
+        self._services_due[name] = time.monotonic() + seconds
 
     def _start_service(self, name: str) -> None:
         self._services_due.pop(name, None)

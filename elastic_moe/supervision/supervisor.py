@@ -70,7 +70,7 @@ class Child:
 
         The child dies when this process does: it reads the end of file, and the kernel kills it should it not.
         """
-        self.name = name
+        self._name = name
         self.channel, theirs = channel_pair()
         parent = os.getpid()
 
@@ -93,6 +93,18 @@ class Child:
         self._is_over = False
         start_thread(f"watch {name}", self._watch, events, on_error=lambda _error: self._give_up(events))
         start_thread(f"write {name}", self._write, on_error=lambda _error: self.kill())
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether its channel was open when last looked at."""
+        return not self._is_over
+
+    def rename(self, name: str) -> bool:
+        """Have what it says from now on come from `name`. False when it has died: that comes from its old one."""
+        with self._outbox_changed:
+            if not self._is_over:
+                self._name = name
+            return not self._is_over
 
     def send(self, message: msgspec.Struct) -> None:
         """Send a message without waiting. While the child does not read, only the newest of each kind is kept."""
@@ -123,7 +135,7 @@ class Child:
                 alive = life not in [fd for fd, _ in poll.poll()]
                 with contextlib.suppress(BlockingIOError):
                     while (message := self.channel.receive(wait=False)) is not None:
-                        events.put(Event(EventKind.MESSAGE, self.name, message))
+                        events.put(Event(EventKind.MESSAGE, self._name, message))
                     alive = False
         finally:
             os.close(life)
@@ -133,8 +145,8 @@ class Child:
         with self._outbox_changed:
             self._is_over = True
             self._outbox_changed.notify()
-        events.put(Event(EventKind.DYING, self.name))
-        events.put(Event(EventKind.EXIT, self.name, code=self._process.wait()))
+        events.put(Event(EventKind.DYING, self._name))
+        events.put(Event(EventKind.EXIT, self._name, code=self._process.wait()))
 
     def _give_up(self, events: "queue.SimpleQueue[Event]") -> None:
         """It says what nobody understands: kill it, or nobody would hear of its death."""
@@ -179,6 +191,20 @@ class Supervisor:
         """Start a child, or start it again; see `Child`."""
         child = self.children[name] = Child(name, command, self.events, pass_fds, fd_variable)
         return child
+
+    def promote(self, name: str, to: str) -> Child | None:
+        """Let the child `name` be the child `to` from now on. None when there is none that lives."""
+        child = self.children.get(name)
+        if child is None or not child.rename(to):
+            return None
+        del self.children[name]
+        self.children[to] = child
+        return child
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a child, and it lives."""
+        child = self.children.get(name)
+        return child is not None and child.is_alive
 
     def next_event(self, timeout_s: float) -> Event | None:
         """Wait for the next event; None when there is none in time."""

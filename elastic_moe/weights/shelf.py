@@ -65,6 +65,7 @@ class EngineShelf:
         tensors = [[getattr(layer, name) for name in layer.layout.names] for layer in store.layers]
         if not tensors[0][0].is_cuda:
             return Shared()
+        self._enter(tensors[0][0].device)
         try:
             return Shared(
                 store.held.tolist(),
@@ -89,11 +90,18 @@ class EngineShelf:
         )
         return Gift(header, [t.contiguous().view(-1).view(torch.uint8).numpy().data for t in tensors])
 
+    def _enter(self, device: torch.device) -> torch.cuda.Stream:
+        """Have the thread that asks work with that GPU, and give it a stream there."""
+        if self._stream is None:
+            device_memory.use(device)
+            self._stream = torch.cuda.Stream(device)
+        return self._stream
+
     def _to_host(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        self._stream = self._stream or torch.cuda.Stream(tensors[0].device)
-        with torch.cuda.stream(self._stream):
+        stream = self._enter(tensors[0].device)
+        with torch.cuda.stream(stream):
             copies = [torch.empty_like(t, device="cpu", pin_memory=True).copy_(t, non_blocking=True) for t in tensors]
-        self._stream.synchronize()
+        stream.synchronize()
         return copies
 
 

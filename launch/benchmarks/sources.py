@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +82,17 @@ def _measured(folder: Path, device: torch.device, repeats: int) -> Iterator[dict
         path = f"/proc/{os.getpid()}/fd/{file}"
         yield figure(NodeMemory(lambda: path, FORM), segment_limit(file, device, repeats))
         os.close(file)
-        with _other_process(folder, device) as holder:
+        if device.type == "cuda":  # in a process of its own, which leaves the other GPU alone afterwards
+            with _other_process(_tell_gpu_limit, store.expert_bytes, repeats) as limit:
+                pass
+        with _other_process(_hold, folder, device.type) as address:
+            holder = Holder(address, Origin.NODE)
             over_socket = Holders([holder], Deadlines(), FORM)
             yield figure(over_socket, loopback_limit(repeats), way="socket")
             over_socket.close()
             if device.type == "cuda":
                 gpus = PeerGpus(Origin.NODE, lambda: [holder], Deadlines(), FORM)
-                yield figure(gpus, gpu_limit(store.expert_bytes, repeats), way="gpu")
+                yield figure(gpus, limit, way="gpu")
 
 
 @contextlib.contextmanager
@@ -107,19 +111,24 @@ def _from_disk(folder: Path, device: torch.device) -> Iterator[tuple[ExpertStore
 
 
 @contextlib.contextmanager
-def _other_process(folder: Path, device: torch.device) -> Iterator[Holder]:
-    """One that holds all experts, on a GPU if `device` is one."""
-    here, there = multiprocessing.get_context("spawn").Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=_hold, args=(folder, device.type, there), daemon=True)
+def _other_process(act: Callable[..., None], *args: object) -> Iterator[Any]:
+    """What `act` of these and a pipe sends first; its process is killed at the end."""
+    spawn = multiprocessing.get_context("spawn")
+    here, there = spawn.Pipe()
+    process = spawn.Process(target=act, args=(*args, there), daemon=True)
     process.start()
     there.close()
-    yield Holder(here.recv(), Origin.NODE)
+    yield here.recv()
     process.kill()
     process.join()
 
 
+def _tell_gpu_limit(num_bytes: int, repeats: int, parent: Any) -> None:
+    parent.send(gpu_limit(num_bytes, repeats))
+
+
 def _hold(folder: Path, kind: str, parent: Any) -> None:
-    """The other process: says where it is asked, and gives until it is killed."""
+    """Hold all experts, on the last GPU if `kind` is cuda; say where they are asked for, and give until killed."""
     device = torch.device(kind, torch.cuda.device_count() - 1) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(device)

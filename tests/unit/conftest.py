@@ -9,6 +9,7 @@ from support.agreement import both, join, lighthouses  # noqa: F401
 from support.batching import NEW_TOKENS, PROMPTS
 from support.families import FAMILIES, build
 from support.front_end import make_checkpoint, make_config
+from support.seat import bench  # noqa: F401
 
 from elastic_moe.config import ServeConfig
 from elastic_moe.integrations.transformers import elasticize

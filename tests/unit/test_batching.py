@@ -44,6 +44,13 @@ def test_warming_up_leaves_nothing_behind(model, greedy):
     assert harness.run() == greedy
 
 
+def test_a_batch_is_padded_to_a_size_that_was_warmed_up(model):
+    runner = Harness(model, max_requests=4, graph_tokens=2).batcher._runner
+    assert runner.maybe_pad_inputs(5, 8, False)[0] == 5
+    runner.pad_inputs = True
+    assert [runner.maybe_pad_inputs(n, 8, False)[0] for n in (1, 2, 3, 5, 9, 16)] == [2, 2, 4, 8, 16, 16]
+
+
 def test_a_repeated_forward_writes_the_same_cache_and_picks_the_same_tokens(model, greedy):
     harness = Harness(model)
     for name in PROMPTS:

@@ -82,7 +82,7 @@ MISTAKES = {
     "bench=rebalance bench.interval_s=0": "bench.interval_s=0.0: must be more than 0, and finite",
     "bench=rebalance bench.threshold=0.5": "bench.threshold=0.5: must be 1 or more, and finite",
     "bench=rebalance bench.half_life_steps=0": "bench.half_life_steps=0: must be 1 or more",
-    "bench=gpu_serve bench.shape=huge": "bench.shape='huge': must be one of small, qwen3_30b",
+    "bench=gpu_serve bench.shape=huge": "bench.shape='huge': must be one of small, medium, qwen3_30b",
     "bench=gpu_serve bench.rank_list=1,x": "bench.rank_list='1,x': must be a comma list of whole numbers, 1 or more",
     "bench=exchange bench.hidden_list=0": "bench.hidden_list='0': must be a comma list of whole numbers, 1 or more",
     "bench=exchange bench.experts=12": "bench.experts=12: must be a multiple of each of bench.rank_list=2,4,8",

@@ -153,6 +153,21 @@ def test_children_are_told_apart(supervisor: Supervisor):
     assert next_event(supervisor).child == "first"
 
 
+def test_a_child_is_promoted_while_it_lives(supervisor: Supervisor):
+    start(supervisor, "channel.receive(); channel.send(Ready('told')); channel.receive()", "spare")
+    spare = supervisor.children["spare"]
+    assert supervisor.has("spare")
+    assert supervisor.promote("spare", "seat") is spare
+    assert (supervisor.children, supervisor.promote("spare", "seat")) == ({"seat": spare}, None)
+    spare.send(ViewChanged(View(1, (Member(0, 0, "i", 1, "host", "", ""),))))
+    assert (event := next_event(supervisor)).child == "seat"
+    assert detail(event) == "told"
+    spare.kill()
+    assert next_event(supervisor) == Event(EventKind.EXIT, "seat", code=-signal.SIGKILL)
+    assert not supervisor.has("seat")
+    assert supervisor.promote("seat", "spare") is None
+
+
 def test_signals_are_events(supervisor: Supervisor):
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         os.kill(os.getpid(), number)

@@ -92,7 +92,8 @@ class Batcher:
         cuda_graphs: bool = False,
     ) -> None:
         """`deliver` is called in `commit` for every new token and for the end of every request. With `cuda_graphs` the
-        forward is captured, one graph for each shape, batches being padded to multiples of `serving.graph_tokens`.
+        forward is captured, one graph for each size of a batch: multiples of `serving.graph_tokens` as far as decoding
+        goes, and doubled ones up to the largest.
 
         Raises:
             ValueError: the model has layers that continuous batching cannot cache.
@@ -105,6 +106,7 @@ class Batcher:
         """By their ids."""
         self._trials: deque[str] = deque()
         """Requests that run alone, one after the other; the first may have begun."""
+        self._sizes = _sizes(config)
         self._num_begun = 0
         self._num_failed = 0
         self.tokens_generated = 0
@@ -128,7 +130,7 @@ class Batcher:
             self._manager.output_router = _Outbox(self._on_output)
             self._processor = self._manager._create_batch_processor()
         pad_values(self._processor.cache, model)
-        self._runner = SeededRunner(self._processor.model_runner, self._rule)
+        self._runner = SeededRunner(self._processor.model_runner, self._rule, self._sizes)
         self._processor.model_runner = self._runner
 
     @property
@@ -205,14 +207,10 @@ class Batcher:
         self._processor.update_batch()
 
     def warm_up(self) -> None:
-        """Run the model on tokens of nobody, in each padded size that decoding has and in doubled ones up to the
-        largest batch: kernels are loaded and, with CUDA graphs, captured, so that no stream waits for it later."""
-        step = self._config.graph_tokens
-        sizes = [*range(step, self._config.max_requests + step, step)]
-        while sizes[-1] < self._config.max_batch_tokens:
-            sizes.append(2 * sizes[-1])
-        for size in sizes:
-            self._runner.rehearse(self._model, min(size, self._config.max_batch_tokens))
+        """Run the model on tokens of nobody, in each size that a batch is padded to: kernels are loaded and, with CUDA
+        graphs, captured, so that no stream waits for it later."""
+        for size in self._sizes:
+            self._runner.rehearse(self._model, size)
         self._processor.cache.reset()
 
     @property
@@ -308,6 +306,15 @@ class Batcher:
         if finish:
             del self._requests[request.submit.request_id]
         self._deliver(request.submit.request_id, start, tokens, finish, error)
+
+
+def _sizes(config: ServingConfig) -> list[int]:
+    """Of batches, in tokens, with padding."""
+    step, most = config.graph_tokens, config.max_batch_tokens
+    sizes = [*range(step, config.max_requests + step, step)]
+    while sizes[-1] < most:
+        sizes.append(2 * sizes[-1])
+    return [*(size for size in sizes if size < most), most]
 
 
 def _first_line(error: Exception) -> str:

@@ -64,6 +64,7 @@ class Engine:
         config, launch = start.config, start.seat.launch
         symmetric = config.exchange.kind == "symmetric"
         device = pick_device(config.model, launch.local_rank, launch.local_world_size, may_share=symmetric)
+        log.info("this process is in the seat, on %s", device)
         model = meta_model(config.model.path, pick_dtype(config.model.dtype))
         check_fit(model, launch, config)
         self._alike = alike(config, model.dtype)
@@ -74,6 +75,7 @@ class Engine:
         self.runtime.on_change = lambda: self._mailbox.inbox.put(None)
         self.runtime.seat.signals.on(Wake, self._be_woken)
         self._mailbox.start(self.runtime.fail)
+        log.info("met; the group is %s", self.runtime.view.ranks)
         self._model = self._load(model)
         captures = symmetric and config.serving.cuda_graphs
         captures = captures and all(experts.is_capturable for experts in self.runtime.pool.store.layers)
@@ -383,7 +385,7 @@ def _serve(start: EngineStart, channel: Channel) -> None:
     except ValueError as error:
         channel.send(Refused(str(error)))
         os._exit(2)
-    channel.send(Ready())
+    channel.send(Ready(engine.runtime.device.type))
     engine.run()
 
 

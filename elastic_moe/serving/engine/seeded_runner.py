@@ -5,7 +5,7 @@ for is not known when the graph is made.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -27,8 +27,9 @@ Rule = Callable[[Any], tuple[Sampling, int]]
 class SeededRunner(ModelRunner):
     """Samples each request by its own parameters, seed and position."""
 
-    def __init__(self, like: ModelRunner, rule: Rule) -> None:
-        """`like` is the runner that transformers made; its settings are kept."""
+    def __init__(self, like: ModelRunner, rule: Rule, sizes: Sequence[int]) -> None:
+        """`like` is the runner that transformers made; its settings are kept. If it pads batches, then to one of the
+        `sizes`, which rise: the graphs of `rehearse` are all that there will be."""
         super().__init__(
             logit_processor=like.logit_processor,
             cb_config=like.cb_config,
@@ -37,13 +38,20 @@ class SeededRunner(ModelRunner):
             do_sample=False,
             return_logprobs=False,
         )
-        self._rule = rule
+        self._rule, self._sizes = rule, sizes
         self._ios = cast("ContinuousBatchingIOs", like.inputs_and_outputs)  # synchronous: set by the Batcher
         self._scores: torch.Tensor | None = None
         self._captured: torch.Tensor | None = None
         self._scores_of_graph: dict[Any, torch.Tensor] = {}
         self.num_captures = 0
         """Graphs made since the start."""
+
+    def maybe_pad_inputs(self, num_q_tokens: int, max_kv_read: int, use_decode_fast_path: bool) -> tuple[int, int]:
+        """See the base."""
+        padded, max_kv_read = super().maybe_pad_inputs(num_q_tokens, max_kv_read, use_decode_fast_path)
+        if self.pad_inputs:
+            padded = next(size for size in self._sizes if size >= num_q_tokens)
+        return padded, max_kv_read
 
     @property
     def requests_in_batch(self) -> list[Any]:
