@@ -109,8 +109,9 @@ class Loading:
             if runtime.is_member:  # a founder has nothing to wait for
                 raise CheckpointError(str(error)) from error
             raise
-        if holders:
-            holders.close()
+        for memory in (self._gpus, holders):
+            if memory:
+                memory.close()
         self._say()
         materialize(model, runtime.device, reader.missing if reader else untied(model))
         state = model.state_dict()

@@ -93,6 +93,7 @@ def _measured(folder: Path, device: torch.device, repeats: int) -> Iterator[dict
             if device.type == "cuda":
                 gpus = PeerGpus(Origin.NODE, lambda: [holder], Deadlines(), FORM)
                 yield figure(gpus, limit, way="gpu")
+                gpus.close()
 
 
 @contextlib.contextmanager

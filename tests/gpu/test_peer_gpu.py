@@ -68,6 +68,16 @@ def test_experts_and_dense_tensors_come_from_a_peers_gpu(peer: Holder):
     assert gpus.dense(out) == ["norm"]
     assert torch.equal(out["norm"].cpu(), torch.arange(1000.0))
     assert gpus.dense({"norm": torch.zeros(999, device="cuda:0")}) == []
+    gpus.close()
+
+
+def test_it_can_be_mapped_again(peer: Holder):
+    for _ in range(3):
+        store = empty()
+        gpus = PeerGpus(Origin.NODE, lambda: [peer], Deadlines(), FORM)
+        fill(goal(store), store, [gpus], Account())
+        gpus.close()
+        assert has_all(store)
 
 
 def test_what_it_does_not_share_is_had_over_a_socket(peer: Holder):
