@@ -9,7 +9,7 @@ BENCHES = balance rebalance
 export OMP_NUM_THREADS = 1
 export HYDRA_FULL_ERROR = 0
 
-.PHONY: demo test soak mutants check bench clean
+.PHONY: demo test soak mutants check bench mooncake clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -31,6 +31,12 @@ check: $(READY)
 bench: $(READY)
 	$(BIN)/pip install -q -c constraints.txt -e ".[bench]"
 	@for name in $(BENCHES); do $(BIN)/python launch/bench.py bench=$$name || exit 1; done
+
+mooncake: $(READY)
+	@ldconfig -p | grep -q librdmacm.so.1 && ldconfig -p | grep -q libibverbs.so.1 && ldconfig -p | grep -q libnuma.so.1 || \
+	  { apt-get update -qq && apt-get install -y -qq libibverbs1 librdmacm1 libnuma1; } || \
+	  { echo "Mooncake loads libibverbs1, librdmacm1 and libnuma1: install these packages, then make mooncake again"; exit 1; }
+	$(BIN)/pip install -q -c constraints.txt -e ".[mooncake]"
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' || \
