@@ -22,6 +22,7 @@ TRANSPORTS, PROTOCOLS = ("zmq", "mooncake"), ("tcp", "rdma")
 SOURCES = ("node", "remote", "dram", "remote_dram", "instance", "disk")
 BACKUP_MODES = ("off", "on")
 SPARES = ("auto", "on", "off")
+ATTENTIONS = ("auto", "paged", "sdpa")
 EPLB_MODES = ("off", "sync", "async")
 EPLB_ALGORITHMS = ("search", "deepseek")
 
@@ -252,6 +253,10 @@ class ServingConfig:
     cuda_graphs: bool = setting(
         True, "with exchange.kind=symmetric: forwards in CUDA graphs, if no layer waits for the GPU"
     )
+    attention: str = setting(
+        "auto",
+        f"one of {', '.join(ATTENTIONS)} (paged: from the cache's pages, on a GPU; auto: paged where the model allows)",
+    )
     graph_tokens: int = setting(16, "a captured forward is padded to a multiple of so many tokens, a large one further")
     prefix_caching: bool = setting(True, "share KV pages between requests with the same beginning")
 
@@ -264,6 +269,8 @@ class ServingConfig:
         """Raise ValueError, naming the key and what is allowed, when a value cannot work."""
         length = self.max_model_len
         check(length is None or length >= 2, "serving.max_model_len", length, "must be null, or 2 or more")
+        known = self.attention in ATTENTIONS
+        check(known, "serving.attention", self.attention, f"must be one of {', '.join(ATTENTIONS)}")
         for key in ("max_requests", "max_batch_tokens", "graph_tokens"):
             check(getattr(self, key) >= 1, f"serving.{key}", getattr(self, key), "must be 1 or more")
         page = self.page_size

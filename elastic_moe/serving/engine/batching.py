@@ -19,6 +19,7 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 
 from elastic_moe.config import ServingConfig
 from elastic_moe.errors import BatchFailed, PeerLost
+from elastic_moe.serving.engine import attention
 from elastic_moe.serving.engine.paged_cache import cache_sizes, pad_values
 from elastic_moe.serving.engine.seeded_runner import SeededRunner
 from elastic_moe.serving.protocol import Finish, Sampling, Submit
@@ -130,6 +131,8 @@ class Batcher:
             self._manager.output_router = _Outbox(self._on_output)
             self._processor = self._manager._create_batch_processor()
         pad_values(self._processor.cache, model)
+        if attention.wanted(model, config.attention):
+            attention.switch(model, self._processor, config.cache_capacity)
         self._runner = SeededRunner(self._processor.model_runner, self._rule, self._sizes)
         self._processor.model_runner = self._runner
 
