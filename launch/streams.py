@@ -98,9 +98,17 @@ def make_asks(seed: int, count: int) -> list[Ask]:
     ]
 
 
-def greedy_asks(prompts: Sequence[str], count: int, num_tokens: int) -> list[Ask]:
-    """`count` greedy requests over the prompts, again and again."""
-    return [Ask(prompts[i % len(prompts)], num_tokens, temperature=0.0, seed=0) for i in range(count)]
+def greedy_asks(prompts: Sequence[str], count: int, num_tokens: int, num_words: int = 0) -> list[Ask]:
+    """`count` greedy requests over the prompts, again and again; each made longer, by those after it, to at least
+    `num_words` words, so that no two begin alike."""
+
+    def prompt(number: int) -> str:
+        words: list[str] = []
+        while not words or len(words) < num_words:
+            words += prompts[(number + len(words)) % len(prompts)].split() if words else [prompts[number]]
+        return " ".join(words)
+
+    return [Ask(prompt(i % len(prompts)), num_tokens, temperature=0.0, seed=0) for i in range(count)]
 
 
 def gaps_s(answers: Sequence[Answer]) -> list[float]:

@@ -18,7 +18,7 @@ DEVICES = ("cpu", "cuda")
 OF_SIZE = "must be a comma list of LAYERSxEXPERTSxSLOTSxRANKS, with EXPERTS <= SLOTS, and SLOTS a multiple of RANKS"
 OF_LIST = "must be a comma list of whole numbers, 1 or more"
 AT_LEAST = {
-    **dict.fromkeys(("seed", "redundant_slots"), 0),
+    **dict.fromkeys(("seed", "redundant_slots", "words"), 0),
     **dict.fromkeys(("repeats", "ranks_per_node", "streams", "half_life_steps", "experts", "top_k"), 1),
     **dict.fromkeys(("ranks", "tokens"), 2),
 }
@@ -66,6 +66,8 @@ class BenchConfig:
     rank_list: str = setting("1,2,4", "exchange, gpu_serve, scale: comma list of numbers of ranks; rfork: of forks")
     stream_list: str = setting("1,8,32", "gpu_serve: comma list of numbers of streams at once")
     dtype: str = setting("bfloat16", "rebalance, gpu_serve, gpu_recovery, rfork: model.dtype of the servers")
+    attention: str = setting("auto", "gpu_serve: serving.attention of the servers")
+    words: int = setting(0, "gpu_serve: words of a prompt, at least")
     eplb_mode: str = setting("off", "gpu_recovery: eplb.mode of the server")
 
     token_list: str = setting("1,16,64,128,256,4096", "exchange: comma list of numbers of tokens of each rank")

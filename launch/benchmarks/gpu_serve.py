@@ -49,6 +49,8 @@ def _measure(
         "serving.max_requests=256",
         f"serving.cuda_graphs={str(graphs).lower()}",
         f"exchange.kind={kind}",
+        f"serving.attention={config.attention}",
+        "serving.kv_cache_tokens=262144",
         "elastic.hang_timeout_s=60",
     ]
     with OwnServer(ranks, 1, overrides) as server:
@@ -70,7 +72,7 @@ async def _stream_all(
 
 async def _stream(target: Target, streams: int, config: BenchConfig, wanted: dict[int, list[str]]) -> dict[str, Any]:
     """The second of two equal runs: in the first, graphs are captured."""
-    asks = greedy_asks(PROMPTS, streams, config.tokens)
+    asks = greedy_asks(PROMPTS, streams, config.tokens, config.words)
     model = await target.model()
     await Load(target.url, model, asks).run()
     load = Load(target.url, model, asks)
