@@ -27,6 +27,7 @@ from elastic_moe.runtime import ElasticRuntime
 from elastic_moe.runtime.initial_placement import read_loads
 from elastic_moe.serving.engine.alike import alike
 from elastic_moe.serving.engine.batching import Batcher
+from elastic_moe.serving.engine.fused import fuse
 from elastic_moe.serving.engine.mailbox import Mailbox
 from elastic_moe.serving.protocol import Cancel, Event, Finish, Phase, Rebalance, Status, Submit, Tokens
 from elastic_moe.serving.starts import EngineStart
@@ -140,6 +141,8 @@ class Engine:
                 whence=Whence(config.model.seeds, config.backup, config.elastic.source_names),
                 progress=progress,
             )
+        if config.serving.fused_kernels:
+            fuse(model)
         self._load_seconds = time.monotonic() - begin
         log.info("loaded %s", timer.summary())
         return model

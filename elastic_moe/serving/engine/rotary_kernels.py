@@ -1,0 +1,42 @@
+"""Rotary embedding of queries and keys in one launch, instead of some ten of torch for each of them."""
+
+# pyright: reportMissingImports=false
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def rotate(
+    query_ptr, key_ptr, query_out_ptr, key_out_ptr, cos_ptr, sin_ptr,
+    query_stride_t, query_stride_h, key_stride_t, key_stride_h,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, DIM: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """Program (token, block of AT_ONCE heads, queries' heads first): turn each head's halves, HALF wide, by cos and sin
+    [T, 2 HALF]. Outputs are [T, heads, 2 HALF]. DIM: HALF or the next power of two."""
+    token = tl.program_id(0).to(tl.int64)
+    dims = tl.arange(0, DIM)
+    inside = dims < HALF
+    angle = token * (2 * HALF) + dims
+    cos_first = tl.load(cos_ptr + angle, mask=inside, other=0.0).to(tl.float32)
+    sin_first = tl.load(sin_ptr + angle, mask=inside, other=0.0).to(tl.float32)
+    cos_second = tl.load(cos_ptr + angle + HALF, mask=inside, other=0.0).to(tl.float32)
+    sin_second = tl.load(sin_ptr + angle + HALF, mask=inside, other=0.0).to(tl.float32)
+    block = tl.program_id(1)
+    of_queries: tl.constexpr = (HEADS + AT_ONCE - 1) // AT_ONCE
+    if block < of_queries:
+        heads = block * AT_ONCE + tl.arange(0, AT_ONCE)
+        wanted = (heads < HEADS)[:, None] & inside[None, :]
+        source = query_ptr + token * query_stride_t + heads[:, None] * query_stride_h + dims[None, :]
+        target = query_out_ptr + (token * HEADS + heads)[:, None] * (2 * HALF) + dims[None, :]
+    else:
+        heads = (block - of_queries) * AT_ONCE + tl.arange(0, AT_ONCE)
+        wanted = (heads < KV_HEADS)[:, None] & inside[None, :]
+        source = key_ptr + token * key_stride_t + heads[:, None] * key_stride_h + dims[None, :]
+        target = key_out_ptr + (token * KV_HEADS + heads)[:, None] * (2 * HALF) + dims[None, :]
+    first = tl.load(source, mask=wanted, other=0.0).to(tl.float32)
+    second = tl.load(source + HALF, mask=wanted, other=0.0).to(tl.float32)
+    turned = first * cos_first[None, :] - second * sin_first[None, :]
+    other = second * cos_second[None, :] + first * sin_second[None, :]
+    tl.store(target, turned.to(query_out_ptr.dtype.element_ty), mask=wanted)
+    tl.store(target + HALF, other.to(query_out_ptr.dtype.element_ty), mask=wanted)
