@@ -25,7 +25,7 @@ class Harness:
 
     def submit(self, name: str, **settings: object) -> None:
         self.batcher.submit(Submit(**({
-            "request_id": name, "tokens": PROMPTS[name], "num_generated": 0, "max_new_tokens": NEW_TOKENS[name],
+            "request_id": name, "tokens": PROMPTS.get(name), "num_generated": 0, "max_new_tokens": NEW_TOKENS.get(name),
         } | settings)))  # fmt: skip
 
     def step(self, num_forwards: int = 1) -> bool:

@@ -157,38 +157,51 @@ class PagedInputs(ContinuousBatchingIOs):
         self.num_q_tokens, self.max_kv_read, self.use_block_table = num_q_tokens, 0, False
         self.requests_in_batch, self.num_request_in_batch = list(requests_in_batch), len(requests_in_batch)
         self.req_id_to_new_token_position = {}
-        here, table, page = self._small.host, self._table.host["table"].reshape(self._requests, -1), self._page
-        at = num_logits = num_tiles = 0
+        self._small.wait()
+        self._table.wait()
+        tokens: list[int] = []
+        pasts, lengths, logits = [], [], []
         for number, future in enumerate(requests_in_batch):
             state, length = future.state, future.query_length
-            past = state.position_offset
+            pasts.append(state.position_offset)
+            lengths.append(length)
+            tokens += state.tokens_to_process
             state.position_offset += length
-            self._put_pages(number, state.request_id, table)
-            here["tokens"][at : at + length] = state.tokens_to_process
-            positions = np.arange(past, past + length)
-            here["positions"][at : at + length] = positions
-            here["rows"][at : at + length] = table[number, positions // page] + positions % page
-            here["ends"][at : at + length] = positions + 1
-            for begin in range(0, length, self._of_a_tile(num_q_tokens)):
-                count = min(self._of_a_tile(num_q_tokens), length - begin)
-                here["tiles"][4 * num_tiles : 4 * num_tiles + 4] = number, at + begin, count, past + begin
-                num_tiles += 1
-            at += length
+            self._put_pages(number, state.request_id)
             if future.has_new_token:
-                here["logits"][num_logits] = at - 1
-                self.req_id_to_new_token_position[state.request_id] = at - 1
+                logits.append(len(tokens) - 1)
+                self.req_id_to_new_token_position[state.request_id] = logits[-1]
                 state.tokens_to_process = [TMP_TOKEN_ID]
-                num_logits += 1
-        here["tiles"][4 * num_tiles :] = -1
-        here["logits"][num_logits:] = 0
-        for name in ("tokens", "positions", "ends"):
-            here[name][at:num_q_tokens] = 0
-        here["rows"][at:num_q_tokens] = self._allocator.write_trash_index
-        self.total_seqlen_q = at
+        self._lay_out(np.array(tokens), np.array(pasts), np.array(lengths), np.array(logits, dtype=np.int32))
+        self.total_seqlen_q = len(tokens)
         with nullcontext() if self.compute_stream is None else torch.cuda.stream(self.compute_stream):
             self._small.has_changed = True
             self._small.send()
             self._table.send()
+
+    def _lay_out(self, tokens: np.ndarray, pasts: np.ndarray, lengths: np.ndarray, logits: np.ndarray) -> None:
+        """Fill the host's arrays. Each request has `lengths` of the `tokens` in turn, after `pasts` of them."""
+        here, most, total = self._small.host, self._of_a_tile(self.num_q_tokens), len(tokens)
+        starts = np.cumsum(lengths) - lengths
+        owners = np.repeat(np.arange(len(lengths)), lengths)
+        positions = np.arange(total) - (starts - pasts)[owners]
+        here["tokens"][:total] = tokens
+        here["positions"][:total] = positions
+        here["ends"][:total] = positions + 1
+        pages = self._table.host["table"].reshape(self._requests, -1)[owners, positions // self._page]
+        here["rows"][:total] = pages + positions % self._page
+        for name in ("tokens", "positions", "ends"):
+            here[name][total : self.num_q_tokens] = 0
+        here["rows"][total : self.num_q_tokens] = self._allocator.write_trash_index
+        here["logits"][: len(logits)] = logits
+        here["logits"][len(logits) :] = 0
+        counts = -(-lengths // most)
+        of_tile = np.repeat(np.arange(len(lengths)), counts)
+        begins = most * (np.arange(len(of_tile)) - (np.cumsum(counts) - counts)[of_tile])
+        sizes = np.minimum(most, lengths[of_tile] - begins)
+        tiles = here["tiles"].reshape(-1, 4)
+        tiles[: len(of_tile)] = np.stack([of_tile, starts[of_tile] + begins, sizes, pasts[of_tile] + begins], axis=1)
+        tiles[len(of_tile) :] = -1
 
     def get_model_kwargs(self, use_padding: bool = False) -> Any:
         """See the base."""
@@ -221,12 +234,13 @@ class PagedInputs(ContinuousBatchingIOs):
     def _get_graph_key(self) -> tuple[int, ...]:
         return (self.num_q_tokens,)
 
-    def _put_pages(self, number: int, request_id: str, table: np.ndarray) -> None:
+    def _put_pages(self, number: int, request_id: str) -> None:
         """Write a request's row of the table, if it has changed: sharing prefixes replaces pages, too."""
         pages = self._allocator.block_table[request_id]
         if pages != self._known[number]:
             self._known[number] = pages.copy()
-            table[number, : len(pages)] = np.array(pages) * self._allocator.block_physical_stride
+            row = self._table.host["table"].reshape(self._requests, -1)[number]
+            row[: len(pages)] = np.array(pages) * self._allocator.block_physical_stride
             self._table.has_changed = True
 
     def _tile_rows(self, num_tokens: int) -> int:
@@ -252,13 +266,20 @@ class _Twin:
         self.host = dict(zip(sizes, (part.numpy() for part in self._host.split(parts)), strict=True))
         self.device = dict(zip(sizes, self._device.split(parts), strict=True))
         self.has_changed = True
+        self._sent = torch.cuda.Event() if device.type == "cuda" else None
+
+    def wait(self) -> None:
+        """Until the host's may be written again."""
+        if self._sent is not None:
+            self._sent.synchronize()
 
     def send(self) -> None:
-        """Bring the device up to date, if `has_changed`. The host's may be written again when a batch has been waited
-        for."""
+        """Bring the device up to date, if `has_changed`, on the current stream."""
         if self.has_changed:
             self._device.copy_(self._host, non_blocking=True)
             self.has_changed = False
+            if self._sent is not None:
+                self._sent.record()
 
 
 def switch(model: PreTrainedModel, processor: Any, max_len: int) -> None:
