@@ -130,18 +130,16 @@ class Load:
 
         If then all is well and it `goes_on`, all is asked again, and `answers` grow by as many.
         """
-        limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(base_url=self._url, timeout=TIMEOUT_S, limits=limits) as client:
-            lag = asyncio.create_task(self._watch_lag())
-            try:
-                answers = list(self.answers)
-                await self._stream_all(client, answers)
-                while all(answer.finish for answer in answers) and goes_on():
-                    answers = [Answer() for _ in self._asks]
-                    self.answers += answers
-                    await self._stream_all(client, answers)
-            finally:
-                lag.cancel()
+        lag = asyncio.create_task(self._watch_lag())
+        try:
+            answers = list(self.answers)
+            await self._stream_all(answers)
+            while all(answer.finish for answer in answers) and goes_on():
+                answers = [Answer() for _ in self._asks]
+                self.answers += answers
+                await self._stream_all(answers)
+        finally:
+            lag.cancel()
 
     async def _watch_lag(self) -> None:
         while True:
@@ -149,10 +147,13 @@ class Load:
             await asyncio.sleep(LAG_POLL_S)
             self.lag_s = max(self.lag_s, time.monotonic() - begin - LAG_POLL_S)
 
-    async def _stream_all(self, client: httpx.AsyncClient, answers: Sequence[Answer]) -> None:
-        await asyncio.gather(
-            *(self._stream(client, ask, answer) for ask, answer in zip(self._asks, answers, strict=True))
-        )
+    async def _stream_all(self, answers: Sequence[Answer]) -> None:
+        """Over new connections: a server closes one that nobody used for some seconds, maybe just as it is used again,
+        which would look like a fault."""
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=self._url, timeout=TIMEOUT_S, limits=limits) as client:
+            streams = (self._stream(client, ask, one) for ask, one in zip(self._asks, answers, strict=True))
+            await asyncio.gather(*streams)
 
     async def _stream(self, client: httpx.AsyncClient, ask: Ask, answer: Answer) -> None:
         """By hand and not by the package `openai`, which takes several times as long for a chunk: a client that is
