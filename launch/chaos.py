@@ -6,12 +6,14 @@
 
 Kinds: kill, kill_two, kill_in_recovery (SIGKILL of an engine, of two at once, of a second while the first loss is
 mended), stop (SIGSTOP), term (SIGTERM), corrupt (all experts on the last node's disk have wrong bits while an engine is
-killed: they have to be refused, and read on the other node), kill_node (all processes of the last node; it cannot come
-back, so it is the last fault, and healed means that the others serve), calm (nothing is done: what the same server and
-this client show by themselves, to compare with).
+killed: they have to be refused, and read on the other node), fork (an instance of one rank less
+is started whose weights come from this server, an engine of which is killed while it loads; it has to give the same
+answers; not with chaos.url), kill_node (all processes of the last node; it cannot come back, so it is the last fault,
+and healed means that the others serve), calm (nothing is done: what the same server and this client show by themselves,
+to compare with).
 
 Its last line of output is one JSON object; progress goes to standard error. Exit code 1: something was lost, changed
-or repeated, a fault did not come, or a rank did not return. 2: it could not start.
+or repeated, a fault did not come, a rank did not return, or a fork was wrong. 2: it could not start.
 """
 
 import signal

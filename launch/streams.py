@@ -3,7 +3,7 @@
 import asyncio
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import httpx
@@ -133,15 +133,21 @@ class Load:
         """Pieces of text that have arrived."""
         return sum(len(answer.arrivals) for answer in self.answers)
 
-    async def run(self) -> None:
-        """Stream all answers to their end; what fails says so in its answer."""
-        limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(base_url=self._url, timeout=TIMEOUT_S, limits=limits) as client:
-            lag = asyncio.create_task(self._watch_lag())
-            try:
-                await asyncio.gather(*(self._stream(client, i) for i in range(len(self._asks))))
-            finally:
-                lag.cancel()
+    async def run(self, goes_on: Callable[[], bool] = lambda: False) -> None:
+        """Stream all answers to their end; what fails says so in its answer.
+
+        If then all is well and it `goes_on`, all is asked again, and `answers` grow by as many.
+        """
+        lag = asyncio.create_task(self._watch_lag())
+        try:
+            answers = list(self.answers)
+            await self._stream_all(answers)
+            while all(answer.finish for answer in answers) and goes_on():
+                answers = [Answer() for _ in self._asks]
+                self.answers += answers
+                await self._stream_all(answers)
+        finally:
+            lag.cancel()
 
     async def _watch_lag(self) -> None:
         while True:
@@ -149,10 +155,17 @@ class Load:
             await asyncio.sleep(LAG_POLL_S)
             self.lag_s = max(self.lag_s, time.monotonic() - begin - LAG_POLL_S)
 
-    async def _stream(self, client: httpx.AsyncClient, i: int) -> None:
+    async def _stream_all(self, answers: Sequence[Answer]) -> None:
+        """Over new connections: a server closes one that nobody used for some seconds, maybe just as it is used again,
+        which would look like a fault."""
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=self._url, timeout=TIMEOUT_S, limits=limits) as client:
+            streams = (self._stream(client, ask, one) for ask, one in zip(self._asks, answers, strict=True))
+            await asyncio.gather(*streams)
+
+    async def _stream(self, client: httpx.AsyncClient, ask: Ask, answer: Answer) -> None:
         """By hand and not by the package `openai`, which takes several times as long for a chunk: a client that is
         busy would measure itself."""
-        ask, answer = self._asks[i], self.answers[i]
         body = {
             "model": self._model,
             "prompt": ask.prompt,

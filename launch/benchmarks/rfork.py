@@ -8,9 +8,7 @@ and both instances share the cores: the seed feels the fork's imports more than 
 
 import asyncio
 import re
-import shutil
 import statistics
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -22,12 +20,12 @@ import httpx
 from launch.benchmarks.config import BenchConfig
 from launch.config import REPO
 from launch.figures import percentile
+from launch.fork import without_weights
 from launch.gpus import gpus_for
 from launch.random_model import SHAPES, random_model
 from launch.server import OwnServer, ServerFailed, Target
 from launch.streams import PROMPTS, Load, gaps_s, greedy_asks
 
-NO_WEIGHTS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 SAID = re.compile(r"weights: ([0-9.]+) GB in ([0-9.]+) s")
 CALM_S = 5.0
 """How long the seed is watched before each fork."""
@@ -44,14 +42,11 @@ def run(config: BenchConfig) -> Iterator[dict[str, Any]]:
         model = ["model=demo"]
         if config.device == "cuda":
             model = stack.enter_context(random_model(config.seed, SHAPES[config.shape]))
-        bare = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fork-")))
         source = next(
             (Path(one.split("=")[1]) for one in model if one.startswith("model.path=")),
             REPO / "examples" / "demo_model",
         )
-        for name in NO_WEIGHTS:
-            if (source / name).exists():
-                shutil.copy(source / name, bare)
+        bare = stack.enter_context(without_weights(source))
         try:
             for found in asyncio.run(_measure(config, model, bare)):
                 yield {"machine": machine, "ranks": config.ranks, **found}

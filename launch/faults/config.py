@@ -9,7 +9,7 @@ from launch.config import load
 
 KINDS = (
     *("kill", "stop", "hang", "term", "kill_two", "kill_in_recovery", "hang_in_recovery"),
-    *("corrupt", "kill_node", "kill_daemon", "cut", "partition", "slow", "poison", "calm"),
+    *("corrupt", "kill_node", "kill_daemon", "cut", "partition", "slow", "poison", "fork", "calm"),
 )
 PAIRS = ("kill_two", "kill_in_recovery", "hang_in_recovery", "cut")
 """Kinds with two victims."""
@@ -17,6 +17,7 @@ MIN_NODES = {"corrupt": 2, "kill_node": 2, "partition": 2, "cut": 3}
 """Kinds that need so many nodes started here."""
 OF_NETWORK = ("cut", "partition")
 """Kinds that need nodes with a network of their own."""
+FORK = "fork starts another instance from this one, and kills a rank of this one while that loads (no url)"
 OF_KIND = f"must be a comma list of {', '.join(KINDS)}"
 
 
@@ -26,7 +27,7 @@ class ChaosConfig:
 
     seed: int = setting(0, "of everything random: prompts, lengths, sampling, kinds, victims, moments")
     faults: int = setting(5, "faults in a row; each waits until the one before has healed; kill_node is the last")
-    kinds: str = setting("kill,stop,term,kill_two,kill_in_recovery", f"comma list of {', '.join(KINDS)}")
+    kinds: str = setting("kill,stop,term,kill_two,kill_in_recovery", f"comma list of {', '.join(KINDS)}; {FORK}")
     requests: int = setting(24, "streams that run at once in each round")
     url: str = setting("", "drive this running server, on this machine; empty: start one")
     ranks: int = setting(4, "ranks of the server to start, over all its nodes")
@@ -56,6 +57,12 @@ class ChaosConfig:
                 not of_nodes or (self.nodes >= wanted and not self.url),
                 "kinds",
                 f"{' and '.join(of_nodes)} needs chaos.nodes={wanted} or more, and no url",
+            ),
+            ("fork" not in kinds or not self.url, "kinds", "fork needs a server that is started here: no url"),
+            (
+                "fork" not in kinds or not set(OF_NETWORK) & set(kinds),
+                "kinds",
+                f"fork does not go with {' and '.join(OF_NETWORK)}: a server with a network of its own is not forked",
             ),
             (gap is None or gap > 0, "max_gap_ms", "must be null, or more than 0 ms"),
             (self.rejoin_timeout_s > 0, "rejoin_timeout_s", "must be more than 0 seconds"),

@@ -6,8 +6,9 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from rich.console import Console
 
 from launch.faults.config import OF_NETWORK, ChaosConfig, ChaosRunConfig, server_overrides
 from launch.faults.disk import flip_experts
+from launch.faults.fork import Fork, fork_overrides, fork_within_s
 from launch.faults.kinds import LASTS_S, Cuts, Fault, Fired, fire, schedule
 from launch.faults.progress import largest, tell
 from launch.faults.sabotage.sitecustomize import DIES
 from launch.faults.summary import Round, is_good, placement_fault, summary
+from launch.fork import without_weights
 from launch.network import Network
 from launch.server import POLL_S, START_TIMEOUT_S, OwnServer, ServerFailed, Target
 from launch.streams import Answer, Load, make_asks
@@ -32,7 +35,7 @@ def run(config: ChaosRunConfig, overrides: list[str]) -> int:
     """Start the server if none is given, break it, stop it, print the result: 0 when it is good, else 1."""
     chaos, console = config.chaos, Console(stderr=True, highlight=False)
     with ExitStack() as stack:
-        own = network = None
+        own = network = make_fork = None
         if not chaos.url:
             model = config.model.path if "corrupt" in chaos.kind_names() else ""
             told = server_overrides(config, overrides)
@@ -40,8 +43,11 @@ def run(config: ChaosRunConfig, overrides: list[str]) -> int:
                 network = stack.enter_context(Network(chaos.nodes))
             if "poison" in chaos.kind_names():
                 stack.enter_context(in_environment("PYTHONPATH", SABOTAGE))
+            if "fork" in chaos.kind_names():
+                passed = fork_overrides(told, stack.enter_context(without_weights(Path(config.model.path))))
+                make_fork = partial(Fork, chaos.ranks - 1, passed, fork_within_s(chaos.rejoin_timeout_s))
             own = stack.enter_context(OwnServer(chaos.ranks, chaos.nodes, told, model, network))
-        found = break_server(chaos, own, console, network)
+        found = break_server(chaos, own, console, network, make_fork)
     good = is_good(found, chaos.max_gap_ms or math.inf)
     if own is not None and good:
         own.forget_output()
@@ -52,7 +58,11 @@ def run(config: ChaosRunConfig, overrides: list[str]) -> int:
 
 
 def break_server(
-    config: ChaosConfig, own: OwnServer | None, console: Console, network: Network | None = None
+    config: ChaosConfig,
+    own: OwnServer | None,
+    console: Console,
+    network: Network | None = None,
+    make_fork: Callable[[Target], Fork] | None = None,
 ) -> dict[str, Any]:
     """All rounds; the summary.
 
@@ -61,11 +71,12 @@ def break_server(
         own: the server, if it was started here: only then can a node be killed.
         console: where progress is told.
         network: that of the server's nodes, if they are hosts of one.
+        make_fork: how it can be forked.
 
     Raises:
         ServerFailed: the server does not come up, or fails undisturbed.
     """
-    return asyncio.run(_Chaos(config, own, console, network).run(own.url if own else config.url))
+    return asyncio.run(_Chaos(config, own, console, network, make_fork).run(own.url if own else config.url))
 
 
 @contextlib.contextmanager
@@ -83,11 +94,19 @@ def in_environment(name: str, value: str) -> Iterator[None]:
 
 
 class _Chaos:
-    def __init__(self, config: ChaosConfig, own: OwnServer | None, console: Console, network: Network | None) -> None:
+    def __init__(
+        self,
+        config: ChaosConfig,
+        own: OwnServer | None,
+        console: Console,
+        network: Network | None,
+        make_fork: Callable[[Target], Fork] | None,
+    ) -> None:
         self._config = config
         self._network = network
         self._cuts: Cuts | None = None
         self._own = own
+        self._make_fork = make_fork
         self._console = console
 
     async def run(self, url: str) -> dict[str, Any]:
@@ -129,14 +148,19 @@ class _Chaos:
         node = self._own.nodes[1].processes() if self._own and fault.kind == "kill_node" else []
         disk = self._own.disk if self._own and fault.kind == "corrupt" else None
         pieces = fault.after * sum(len(answer.arrivals) for answer in wanted)
-        running = asyncio.create_task(disturbed.run())
+        fork = self._make_fork(target) if self._make_fork and fault.kind == "fork" else None
+        running = asyncio.create_task(disturbed.run(lambda: fork is not None and fork.is_starting))
         try:
             while disturbed.num_pieces < pieces and not running.done():
                 await asyncio.sleep(0.001)
             if disk:
                 await asyncio.to_thread(flip_experts, disk)
             poison = asyncio.create_task(target.complete([*DIES, 5])) if fault.kind == "poison" else None
+            if fork:
+                await fork.begin(fault.delay_s)
             fired = Fired(0.0, 0.0, ()) if running.done() else await fire(fault, engines, node, self._cuts)
+            if fork:
+                await fork.finish()
             await running
             refused = (await poison) if poison else None
             victims = frozenset[int]()
@@ -144,11 +168,15 @@ class _Chaos:
                 victims = frozenset(engines[rank].pid for rank in fault.ranks)
             survivors = num_ranks - len(victims) if node else num_ranks
             status = await healed(target, survivors, victims, self._config.rejoin_timeout_s)
+            healed_s = time.time() - fired.over_at if status is not None else None
+            if fork:
+                await fork.compare()
         finally:
             running.cancel()
+            if fork:
+                fork.close()
             if disk:
                 await asyncio.to_thread(flip_experts, disk)
-        healed_s = time.time() - fired.over_at if status is not None else None
         return Round(
             fault=fault,
             at=fired.at,
@@ -159,6 +187,8 @@ class _Chaos:
             placement_fault=placement_fault(status) if status is not None else "",
             client_lag_s=disturbed.lag_s,
             poison_status=refused,
+            fork_fault=fork.fault if fork else "",
+            in_load=fork.was_loading if fork else False,
         )
 
 

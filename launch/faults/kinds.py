@@ -16,8 +16,9 @@ from launch.network import Network
 
 AFTER = (0.1, 0.7)
 """Fraction of the pieces of all answers that has arrived when a fault comes."""
-DELAY_S = (0.03, 0.3)
-"""From the first victim of IN_RECOVERY to the second: as long as detection and recovery take."""
+DELAY_S = {"kill_in_recovery": (0.03, 0.3), "hang_in_recovery": (0.03, 0.3), "fork": (0.0, 0.4)}
+"""From the first victim to the second: as long as detection and recovery take. From the moment that a fork begins to
+load to the victim: as long as the demo model takes."""
 DAEMON = "elastic_moe.backup.daemon"
 SIGNALS = {"stop": signal.SIGSTOP, "term": signal.SIGTERM}
 """Of the kinds that do not send SIGKILL."""
@@ -37,7 +38,7 @@ class Fault:
     """The victims, in their order."""
     after: float
     delay_s: float
-    """Before the second victim of IN_RECOVERY."""
+    """Before the second victim of IN_RECOVERY, or the one of a fork."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,8 @@ def schedule(seed: int, count: int, kinds: Sequence[str], node_of_rank: Sequence
             victims = [rank for rank in ranks if node_of_rank[rank] == max(node_of_rank)]
         if kind == "partition":
             victims = [rank for rank in ranks if node_of_rank[rank] > max(node_of_rank) // 2]
-        after, delay_s = rng.uniform(*AFTER), rng.uniform(*DELAY_S)
-        faults.append(Fault(kind, tuple(victims), after, delay_s if kind in IN_RECOVERY else 0.0))
+        after, delay_s = rng.uniform(*AFTER), rng.uniform(*DELAY_S.get(kind, (0.0, 0.0)))
+        faults.append(Fault(kind, tuple(victims), after, delay_s))
     return faults
 
 

@@ -1,9 +1,11 @@
 """What launch/chaos.py tells people of each round."""
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from launch.faults.summary import Round, longest_wait
 from launch.faults.verdict import Verdict, compare
@@ -29,9 +31,9 @@ def tell(console: Console, one: Round, asks: Sequence[Ask], wanted: Sequence[Ans
     for event in one.reports:
         if event["rank"] not in event["report"]["joined"]:
             console.print(f"  rank {event['rank']} {_recovery(event['report'], one.at)}")
-    if one.placement_fault:
-        console.print(f"  [red]{one.placement_fault}[/]")
-    for i, (ask, want, got) in enumerate(zip(asks, wanted, one.answers, strict=True)):
+    for fault in filter(None, (one.placement_fault, one.fork_fault)):
+        console.print(f"  [red]{escape(fault)}[/]")
+    for i, (ask, want, got) in enumerate(zip(cycle(asks), cycle(wanted), one.answers, strict=False)):
         if (verdict := compare(want, got)) is not Verdict.SAME:
             console.print(f"  [red]stream {i} {verdict.value}[/] {got.error}", markup=True)
             console.print(f"    {ask}\n    wanted {want.text!r}\n    got    {got.text!r}", markup=False)

@@ -4,6 +4,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 from launch.faults.kinds import Fault
@@ -11,7 +12,7 @@ from launch.faults.verdict import Verdict, compare
 from launch.figures import percentile
 from launch.streams import Answer, Streamed
 
-KILLS = ("kill", "kill_two", "kill_in_recovery", "corrupt")
+KILLS = ("kill", "kill_two", "kill_in_recovery", "corrupt", "fork")
 """Kinds whose victims die at once."""
 INTERNAL_ERROR = 500
 PHASES = ("detect", "view", "groups", "repair", "commit", "repeat")
@@ -19,7 +20,7 @@ PHASES = ("detect", "view", "groups", "repair", "commit", "repeat")
 
 @dataclass(frozen=True)
 class Round(Streamed):
-    """One fault and what came of it."""
+    """One fault and what came of it. Of a load that was asked again and again it has all answers, in turn."""
 
     fault: Fault
     at: float
@@ -34,6 +35,10 @@ class Round(Streamed):
     """What is wrong with the placements of the healed group; empty: nothing."""
     poison_status: int | None = None
     """HTTP status of the answer to a poisonous request."""
+    fork_fault: str = ""
+    """What is wrong with the instance that was forked; empty: nothing."""
+    in_load: bool = False
+    """Whether the fork was loading when the fault came."""
 
     @property
     def counted(self) -> bool:
@@ -110,7 +115,9 @@ def summary(rounds: Sequence[Round], wanted: Sequence[Answer], planned: int) -> 
         planned: faults that were to come.
     """
     kinds = sorted({one.fault.kind for one in rounds})
-    judged = [(one.fault.kind, compare(w, a)) for one in rounds for w, a in zip(wanted, one.answers, strict=True)]
+    judged = [
+        (one.fault.kind, compare(w, a)) for one in rounds for w, a in zip(cycle(wanted), one.answers, strict=False)
+    ]
     verdicts = Counter(verdict for _, verdict in judged)
     gaps = [gap for one in rounds for gap in one.gaps_ms]
     phases: dict[str, list[float]] = {phase: [] for phase in PHASES}
@@ -134,9 +141,11 @@ def summary(rounds: Sequence[Round], wanted: Sequence[Answer], planned: int) -> 
             "counted": sum(one.counted for one in rounds),
         },
         "killed_in_recovery": sum(one.in_recovery for one in rounds),
+        "killed_in_load": sum(one.in_load for one in rounds),
         "rejected": sum(one.rejected for one in rounds),
         "not_rejoined": sum(one.healed_s is None for one in rounds),
         "placements_wrong": sum(bool(one.placement_fault) for one in rounds),
+        "forks_wrong": sum(bool(one.fork_fault) for one in rounds),
         "gap_ms": _spread_and_max(gaps),
         "gap_ms_by_kind": {
             kind: _spread_and_max([gap for one in rounds if one.fault.kind == kind for gap in one.gaps_ms])
@@ -151,8 +160,8 @@ def summary(rounds: Sequence[Round], wanted: Sequence[Answer], planned: int) -> 
 
 def is_good(found: Mapping[str, Any], max_gap_ms: float = math.inf) -> bool:
     """Whether nothing was lost, changed or repeated, every fault came, was seen and healed, no more bytes were moved
-    than needed, and no stream waited longer than `max_gap_ms` where processes were killed."""
-    zeros = ("mismatched", "duplicated", "lost", "not_rejoined", "placements_wrong")
+    than needed, every fork was right, and no stream waited longer than `max_gap_ms` where processes were killed."""
+    zeros = ("mismatched", "duplicated", "lost", "not_rejoined", "placements_wrong", "forks_wrong")
     faults = found["faults"]
     longest = max((gap["max"] or 0.0 for kind, gap in found["gap_ms_by_kind"].items() if kind in KILLS), default=0.0)
     return (
