@@ -30,6 +30,10 @@ ROWS, MANY_ROWS = 16, 64
 """Queries times heads of a tile, in batches of few and of many tokens."""
 
 
+NOT_DONE = ("sliding_window", "softcap", "s_aux", "position_bias")
+"""Arguments of attention functions that `supports` has not seen in a config, if a layer gives them all the same."""
+
+
 class Plan(NamedTuple):
     """What the kernels need to know of a batch of T tokens, padding included."""
 
@@ -83,10 +87,17 @@ def attend(
     *,
     cache: Any,
     block_table: Plan,
-    **_others: Any,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Write keys and values [1, heads, T, head_dim] to the cache, and attend to all before them. An attention function
-    of transformers: returns [1, T, heads, head_dim]."""
+    of transformers: returns [1, T, heads, head_dim].
+
+    Raises:
+        ValueError: the layer asks for something that is not done here.
+    """
+    asked = [name for name in NOT_DONE if others.get(name) is not None]
+    if asked or attention_mask is not None or value.shape[-1] != query.shape[-1]:
+        raise ValueError(f"serving.attention=sdpa is needed: layer {module.layer_idx} asks for {asked or 'a mask'}")
     keys, values = cache.layer_to_allocator[module.layer_idx]._kv_token_views[module.layer_idx]
     kernels, plan, (_, heads, num_tokens, head_dim) = _kernels(), block_table, query.shape
     kv_heads = key.shape[1]

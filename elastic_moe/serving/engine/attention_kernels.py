@@ -1,7 +1,7 @@
 """Attention over a paged cache, by Triton. Rows of keys and values lie where a table says; nothing is copied for it.
 
 The keys of a query are cut into segments at fixed positions, and each segment's part is added to those before it in
-order: so a token's result depends neither on the batch it is in nor on how many programs share the work.
+order: whoever else is in the batch, and however many programs share the work.
 """
 
 # pyright: reportMissingImports=false

@@ -132,7 +132,8 @@ class Batcher:
             self._processor = self._manager._create_batch_processor()
         pad_values(self._processor.cache, model)
         if attention.wanted(model, config.attention):
-            attention.switch(model, self._processor, config.cache_capacity)
+            of_model = getattr(model.config.get_text_config(), "max_position_embeddings", config.cache_capacity)
+            attention.switch(model, self._processor, min(config.cache_capacity, config.max_model_len or of_model))
         self._runner = SeededRunner(self._processor.model_runner, self._rule, self._sizes)
         self._processor.model_runner = self._runner
 
