@@ -42,30 +42,31 @@ class BenchConfig:
     name: str = setting("balance", "the benchmark: bench=NAME sets it, with its defaults")
     seed: int = setting(0, "of everything random")
     repeats: int = setting(
-        5, "measurements of which a median is taken, after one or more that are not counted; gpu_recovery: faults"
+        5,
+        "measurements of which a median is taken, after one or more that are not counted; gpu_recovery, rejoin: kills",
     )
     plot: str = setting("", "balance, rebalance: write a PNG here (needs matplotlib); empty: none")
     traces: str = setting("", 'balance: folder of {"logical_count": [L][E]} JSON files; empty: seeded Zipf-like loads')
     sizes: str = setting("58x256x288x32", "balance: comma list of LAYERSxEXPERTSxSLOTSxRANKS")
     ranks_per_node: int = setting(8, "balance: ranks in a fault domain")
-    device: str = setting("cpu", f"rebalance, sources, rfork: one of {', '.join(DEVICES)} (cuda: ranks may share one)")
+    device: str = setting("cpu", f"rebalance, sources, r*: one of {', '.join(DEVICES)} (cuda: ranks may share one)")
     model: str = setting(
         "demo", f"rebalance, gpu_recovery: one of {', '.join(MODELS)} (random: on cuda of bench.shape)"
     )
-    ranks: int = setting(4, "rebalance, gpu_recovery, rfork: ranks of each server, all on this machine")
+    ranks: int = setting(4, "rebalance, gpu_recovery, rfork, rejoin: ranks of each server, all on this machine")
     streams: int = setting(12, "rebalance, gpu_recovery, rfork: streams at once")
     tokens: int = setting(
         100, "rebalance, gpu_serve, rfork: tokens of a stream; rebalance: twice as many streams, as the domain shifts"
     )
-    redundant_slots: int = setting(1, "rebalance, gpu_recovery: elastic.redundant_slots of the servers")
+    redundant_slots: int = setting(1, "rebalance, gpu_recovery, rejoin: elastic.redundant_slots of the servers")
     interval_s: float = setting(1.0, "rebalance: eplb.interval_s of the servers")
     threshold: float = setting(1.05, "rebalance: eplb.threshold of the servers")
     half_life_steps: int = setting(20, "rebalance: eplb.half_life_steps of the servers")
 
-    shape: str = setting("small", f"rebalance on cuda, gpu_*, sources, rfork: random model, one of {', '.join(SHAPES)}")
+    shape: str = setting("small", f"r* on cuda, gpu_*, sources: random model, one of {', '.join(SHAPES)}")
     rank_list: str = setting("1,2,4", "exchange, gpu_serve, scale: comma list of numbers of ranks; rfork: of forks")
     stream_list: str = setting("1,8,32", "gpu_serve: comma list of numbers of streams at once")
-    dtype: str = setting("bfloat16", "rebalance, gpu_serve, gpu_recovery, rfork: model.dtype of the servers")
+    dtype: str = setting("bfloat16", "rebalance, gpu_serve, gpu_recovery, rfork, rejoin: model.dtype of the servers")
     attention: str = setting("auto", "gpu_serve: serving.attention of the servers")
     words: int = setting(0, "gpu_serve: words of a prompt, at least")
     eplb_mode: str = setting("off", "gpu_recovery: eplb.mode of the server")

@@ -95,6 +95,7 @@ OF_OTHERS = {
     "gpu_serve": ("repeats=3", "streams=3"),
     "layer": ("repeats=3", "shape=small"),
     "rebalance": ("rank_list=1", "eplb_mode=sync"),
+    "rejoin": ("threshold=2", "streams=3"),
     "rfork": ("threshold=2", "plot=a.png"),
     "scale": ("ranks=2", "plot=a.png"),
     "sources": ("ranks=2", "plot=a.png"),
