@@ -113,6 +113,12 @@ class Tokens(msgspec.Struct, tag="tokens", frozen=True):
     error: str = ""
 
 
+class Step(msgspec.Struct, tag="step", frozen=True):
+    """Engine -> front end: all that a step brought for its requests, in one message."""
+
+    tokens: list[Tokens]
+
+
 class Status(msgspec.Struct, tag="status", frozen=True):
     """Engine -> front end: the state of one rank, at least once a second and at every change of phase."""
 
@@ -146,7 +152,7 @@ class Event(msgspec.Struct, tag="event", frozen=True):
 
 
 ToEngine = Submit | Cancel | Hello | Rebalance | AskLoads
-ToFrontEnd = Tokens | Status | Event | Loads
+ToFrontEnd = Step | Status | Event | Loads
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode

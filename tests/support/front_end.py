@@ -21,7 +21,7 @@ from elastic_moe.serving.front_end.listener import listen
 from elastic_moe.serving.front_end.metrics import Metrics
 from elastic_moe.serving.front_end.process import HttpServer
 from elastic_moe.serving.front_end.served_model import ServedModel
-from elastic_moe.serving.protocol import Cancel, Hello, Status, Submit, Tokens, decode_to_engine, encode
+from elastic_moe.serving.protocol import Cancel, Hello, Status, Step, Submit, Tokens, decode_to_engine, encode
 from launch.sse import events
 
 CHAT_TEMPLATE = (
@@ -103,7 +103,7 @@ class FakeEngine:
         """Send tokens of a request, right or wrong."""
         if finish:
             self._unfinished.discard(request_id)
-        message = Tokens(request_id, self.member.incarnation, start, tokens, finish, error)
+        message = Step([Tokens(request_id, self.member.incarnation, start, tokens, finish, error)])
         for front_end in self._front_ends:
             await self._socket.send_multipart([front_end, encode(message)])
 

@@ -10,7 +10,7 @@ import zmq.asyncio
 from elastic_moe.group.view import Member, View
 from elastic_moe.serving.front_end.engine_link import EngineLink
 from elastic_moe.serving.front_end.routing import STATUS_MAX_AGE_S, RankLoad
-from elastic_moe.serving.protocol import Cancel, Hello, Phase, Status, Submit, Tokens, decode_to_engine, encode
+from elastic_moe.serving.protocol import Cancel, Hello, Phase, Status, Step, Submit, Tokens, decode_to_engine, encode
 
 pytestmark = pytest.mark.anyio
 
@@ -103,7 +103,7 @@ async def test_a_message_that_cannot_be_read_is_left_out(context: zmq.asyncio.Co
         while not engine.poll(0):
             await asyncio.sleep(0.001)
         front_end, _ = engine.recv_multipart()
-        told = Tokens("request 0", "mine", 0, [5])
+        told = Step([Tokens("request 0", "mine", 0, [5])])
         for frame in (b"", b"\xff", encode(Hello("me")), encode(told)):
             engine.send_multipart([front_end, frame])
         async with asyncio.timeout(10):

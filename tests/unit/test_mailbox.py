@@ -23,6 +23,7 @@ from elastic_moe.serving.protocol import (
     Loads,
     Rebalance,
     Status,
+    Step,
     Submit,
     ToFrontEnd,
     Tokens,
@@ -133,10 +134,21 @@ def test_tokens_go_to_the_front_end_that_asked(harness: Harness):
     first.send(submit("a"))
     second.send(submit("b"))
     assert {harness.next().request_id for _ in range(2)} == {"a", "b"}
-    for tokens in (Tokens("b", "x", 0, [5]), Tokens("a", "x", 0, [6]), Tokens("nobody", "x", 0, [7])):
-        harness.mailbox.send(tokens)
-    assert first.receive() == Tokens("a", "x", 0, [6])
-    assert second.receive() == Tokens("b", "x", 0, [5])
+    b, a = Tokens("b", "x", 0, [5]), Tokens("a", "x", 0, [6])
+    harness.mailbox.send(Step([b, a, Tokens("nobody", "x", 0, [7])]))
+    assert first.receive() == Step([a])
+    assert second.receive() == Step([b])
+
+
+def test_a_step_comes_in_one_message(harness: Harness):
+    front_end = harness.front_end()
+    for request_id in ("a", "b"):
+        front_end.send(submit(request_id))
+        harness.next()
+    step = Step([Tokens("b", "x", 0, [5]), Tokens("a", "x", 0, [6], Finish.LENGTH)])
+    harness.mailbox.send(step)
+    assert front_end.receive() == step
+    assert front_end.receive(0.2) is None
 
 
 def test_a_request_has_no_owner_after_its_end_or_its_cancellation(harness: Harness):
@@ -146,13 +158,10 @@ def test_a_request_has_no_owner_after_its_end_or_its_cancellation(harness: Harne
     front_end.send(Cancel("b"))
     for _ in range(3):
         harness.next()
-    for tokens in (
-        Tokens("b", "x", 0, [1]),
-        Tokens("a", "x", 0, [1], "length"),
-        Tokens("a", "x", 1, [2]),
-    ):
-        harness.mailbox.send(tokens)
-    assert front_end.receive() == Tokens("a", "x", 0, [1], "length")
+    ended = Tokens("a", "x", 0, [1], Finish.LENGTH)
+    harness.mailbox.send(Step([Tokens("b", "x", 0, [1]), ended, Tokens("a", "x", 1, [2])]))
+    harness.mailbox.send(Step([Tokens("a", "x", 2, [3])]))
+    assert front_end.receive() == Step([ended])
     assert front_end.receive(0.2) is None
 
 
@@ -184,12 +193,12 @@ def test_the_requests_of_a_silent_front_end_are_cancelled(harness: Harness, quic
     assert cancelled == Cancel("a")
     while isinstance(message := silent.receive(), Status):
         pass
-    assert message == Tokens("a", "x", 0, [], Finish.DROPPED)
-    harness.mailbox.send(Tokens("a", "x", 0, [1]))
-    harness.mailbox.send(Tokens("b", "x", 0, [2]))
+    assert message == Step([Tokens("a", "x", 0, [], Finish.DROPPED)])
+    harness.mailbox.send(Step([Tokens("a", "x", 0, [1])]))
+    harness.mailbox.send(Step([Tokens("b", "x", 0, [2])]))
     while isinstance(message := alive.receive(), Status):
         pass
-    assert message == Tokens("b", "x", 0, [2])
+    assert message == Step([Tokens("b", "x", 0, [2])])
     assert harness.mailbox.inbox.empty()
 
 
@@ -228,8 +237,8 @@ def test_events_go_to_every_front_end(harness: Harness, monkeypatch: pytest.Monk
         while isinstance(message := front_end.receive(), Status):
             pass
         assert message == event
-    harness.mailbox.send(Tokens("a", "x", 0, [6]))
-    assert stranger.receive() == Tokens("a", "x", 0, [6]), "the event did not come before it"
+    harness.mailbox.send(Step([Tokens("a", "x", 0, [6])]))
+    assert stranger.receive() == Step([Tokens("a", "x", 0, [6])]), "the event did not come before it"
 
 
 def test_a_front_end_that_reads_slowly_loses_no_token(harness: Harness):
@@ -239,8 +248,8 @@ def test_a_front_end_that_reads_slowly_loses_no_token(harness: Harness):
     assert harness.next() == submit("a")
     big = list(range(1000))
     for number in range(5000):
-        harness.mailbox.send(Tokens("a", "x", number, big))
-    assert [front_end.receive().start for _ in range(5000)] == list(range(5000))
+        harness.mailbox.send(Step([Tokens("a", "x", number, big)]))
+    assert [front_end.receive().tokens[0].start for _ in range(5000)] == list(range(5000))
 
 
 def test_requests_that_no_status_can_tell_of_are_cancelled_too(harness: Harness, quick: None):

@@ -15,21 +15,21 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColu
 from transformers import PreTrainedModel
 
 from elastic_moe.background import end_process, start_thread
-from elastic_moe.config import ModelConfig, ServeConfig, is_loopback
+from elastic_moe.config import is_loopback
 from elastic_moe.errors import BatchFailed, ElasticError, NotEnoughMembers, NotEnoughSlots, PeerLost, TransferFailed
 from elastic_moe.integrations.loading import Whence
-from elastic_moe.integrations.transformers import LoadTimer, elasticize, find_experts, meta_model
-from elastic_moe.membership.launch import Launch, host_of
+from elastic_moe.integrations.transformers import LoadTimer, elasticize, meta_model
+from elastic_moe.membership.launch import host_of
 from elastic_moe.membership.signals import Wake
-from elastic_moe.placement.placement import Placement, initial_placement
+from elastic_moe.placement.placement import Placement
 from elastic_moe.pulse import Pulse
 from elastic_moe.runtime import ElasticRuntime
-from elastic_moe.runtime.initial_placement import read_loads
 from elastic_moe.serving.engine.alike import alike
 from elastic_moe.serving.engine.batching import Batcher
+from elastic_moe.serving.engine.fit import check_fit, eos_token_ids, pick_device, pick_dtype
 from elastic_moe.serving.engine.fused import fuse
 from elastic_moe.serving.engine.mailbox import Mailbox
-from elastic_moe.serving.protocol import Cancel, Event, Finish, Phase, Rebalance, Status, Submit, Tokens
+from elastic_moe.serving.protocol import Cancel, Event, Finish, Phase, Rebalance, Status, Step, Submit, Tokens
 from elastic_moe.serving.starts import EngineStart
 from elastic_moe.supervision.channel import Beat, Channel, Ready, Refused, ViewChanged
 from elastic_moe.supervision.supervised import die_with_supervisor
@@ -62,6 +62,7 @@ class Engine:
         self._woken_for = 0
         self._asleep = False
         self._pending = False
+        self._told: list[Tokens] = []
         config, launch = start.config, start.seat.launch
         symmetric = config.exchange.kind == "symmetric"
         device = pick_device(config.model, launch.local_rank, launch.local_world_size, may_share=symmetric)
@@ -170,6 +171,7 @@ class Engine:
         self._take_mail()
         if not self._pending:
             self._pending = self._batcher.prepare()
+            self._send_told()
         next_handshake = self.runtime.handshakes + 1
         if self._asleep and self._woken_for < next_handshake:
             view = self.runtime.view
@@ -184,12 +186,14 @@ class Engine:
                 self._batcher.forward()
             self._pending = False
             self._batcher.commit()
+            self._send_told()
         elif work:
             self.runtime.join_idle()
 
     def _recover(self, reason: str) -> None:
         """Come back in a later epoch. What was prepared stays so, and its forward runs again."""
         self._phase, self._reason = Phase.RECOVERING, reason
+        self._send_told()
         while True:
             try:
                 report = self.runtime.recover(reason)
@@ -254,6 +258,7 @@ class Engine:
         elif isinstance(message, Rebalance):
             with contextlib.suppress(ValueError):  # it is off; front ends know that too
                 self.runtime.pool.balancer.request(message.op)
+        self._send_told()
 
     def _be_woken(self, word: Wake) -> None:
         """In the signals' thread."""
@@ -278,7 +283,13 @@ class Engine:
 
     def _deliver(self, request_id: str, start: int, tokens: list[int], finish: Finish, error: str) -> None:
         incarnation = self.runtime.seat.member.incarnation
-        self._mailbox.send(Tokens(request_id, incarnation, start, tokens, finish, error))
+        self._told.append(Tokens(request_id, incarnation, start, tokens, finish, error))
+
+    def _send_told(self) -> None:
+        """What the batcher has delivered, in one message."""
+        if self._told:
+            self._mailbox.send(Step(self._told))
+            self._told = []
 
     def status(self) -> Status | None:
         """This rank's state; None until the model is loaded. Called from the mailbox's thread."""
@@ -306,56 +317,6 @@ class Engine:
             load_seconds=self._load_seconds,
             cuda_graphs=batcher.num_captures,
         )
-
-
-def check_fit(model: PreTrainedModel, launch: Launch, config: ServeConfig) -> None:
-    """Whether the experts of a model fit the configuration. Before ranks meet: one that refuses then would look lost to
-    those that still come.
-
-    Raises:
-        ValueError: they do not; the message says what would.
-    """
-    experts = list(find_experts(model).values())
-    num_experts = int(getattr(experts[0], "num_experts"))  # noqa: B009
-    if config.elastic.slots_per_rank is not None:
-        initial_placement(1, num_experts, launch.topology, config.elastic.slots_per_rank)
-    if config.eplb.initial_loads:
-        read_loads(config.eplb.initial_loads, len(experts), num_experts)
-
-
-def pick_device(
-    config: ModelConfig, local_rank: int, local_world_size: int, *, may_share: bool = False
-) -> torch.device:
-    """The device of this rank. With `may_share` ranks take turns over fewer GPUs, if cuda is asked for.
-
-    Raises:
-        ValueError: cuda is asked for and there are fewer GPUs than local ranks.
-    """
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if config.device == "cuda" and (not gpus or (gpus < local_world_size and not may_share)):
-        raise ValueError(
-            f"model.device=cuda: {local_world_size} local ranks but {gpus} GPUs; start fewer, use cpu, or share GPUs "
-            "with exchange.kind=symmetric"
-        )
-    if config.device == "cpu" or not gpus or (gpus < local_world_size and config.device != "cuda"):
-        return torch.device("cpu")
-    torch.cuda.set_device(local_rank % gpus)
-    return torch.device("cuda", local_rank % gpus)
-
-
-def pick_dtype(name: str) -> torch.dtype | None:
-    """The torch dtype of a `model.dtype`; None for auto."""
-    return None if name == "auto" else getattr(torch, name)
-
-
-def eos_token_ids(model: PreTrainedModel) -> list[int]:
-    """End-of-sequence tokens of a model: of its generation config, else of its config."""
-    ids = model.generation_config.eos_token_id if model.generation_config else None
-    if ids is None:
-        ids = model.config.get_text_config().eos_token_id
-    if ids is None:
-        return []
-    return [ids] if isinstance(ids, int) else list(ids)
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from elastic_moe.serving.protocol import (
     Loads,
     Rebalance,
     Status,
+    Step,
     Submit,
     Tokens,
     decode_to_engine,
@@ -64,8 +65,8 @@ class Mailbox:
         """Start answering. `on_error` is told if the thread dies."""
         start_thread("mailbox", self._serve, on_error=on_error)
 
-    def send(self, message: Tokens | Event) -> None:
-        """Tokens to the front end that owns the request, events to all. From the step loop's thread only."""
+    def send(self, message: Step | Event) -> None:
+        """Tokens to the front ends that own the requests, events to all. From the step loop's thread only."""
         self._sender.send(encode(message))
 
     def announce(self) -> None:
@@ -116,15 +117,19 @@ class Mailbox:
         self.inbox.put(message)
 
     def _deliver(self, frame: bytes) -> None:
-        message = msgspec.msgpack.decode(frame, type=Tokens | Event)
+        message = msgspec.msgpack.decode(frame, type=Step | Event)
         if isinstance(message, Event):
             for front_end in self._front_ends:
                 self._router.send_multipart([front_end, frame])
             return
-        request_id = message.request_id
-        owner = self._owners.pop(request_id, None) if message.finish else self._owners.get(request_id)
-        if owner is not None:
-            self._router.send_multipart([owner, frame])
+        of_owner: dict[bytes, list[Tokens]] = {}
+        for tokens in message.tokens:
+            request_id = tokens.request_id
+            owner = self._owners.pop(request_id, None) if tokens.finish else self._owners.get(request_id)
+            if owner is not None:
+                of_owner.setdefault(owner, []).append(tokens)
+        for owner, some in of_owner.items():
+            self._router.send_multipart([owner, encode(Step(some))])
 
     def _expire_front_ends(self) -> None:
         limit = time.monotonic() - FRONT_END_GONE_S
@@ -135,7 +140,7 @@ class Mailbox:
                 del self._owners[request_id]
                 self.inbox.put(Cancel(request_id))
                 if status:  # should it be alive after all, it reads this and submits again
-                    dropped = Tokens(request_id, status.incarnation, 0, [], Finish.DROPPED)
+                    dropped = Step([Tokens(request_id, status.incarnation, 0, [], Finish.DROPPED)])
                     self._router.send_multipart([front_end, encode(dropped)])
 
     def _broadcast_status(self) -> None:

@@ -19,7 +19,7 @@ from elastic_moe.serving.front_end.events import EventLog
 from elastic_moe.serving.front_end.journal import Entry, Journal, Owner
 from elastic_moe.serving.front_end.metrics import Metrics
 from elastic_moe.serving.front_end.routing import choose_rank
-from elastic_moe.serving.protocol import Cancel, Event, Finish, Hello, Loads, Phase, Sampling, Status, Tokens
+from elastic_moe.serving.protocol import Cancel, Event, Finish, Hello, Loads, Phase, Sampling, Status, Step, Tokens
 from elastic_moe.weights.holding import HolderAddress, InstanceWeights
 from elastic_moe.wire import PLAIN, Wire
 
@@ -303,8 +303,9 @@ class Gateway:
     async def _listen(self, link: EngineLink) -> None:
         while True:
             message = await link.receive()
-            if isinstance(message, Tokens):
-                self._take(message)
+            if isinstance(message, Step):
+                for tokens in message.tokens:
+                    self._take(tokens)
             elif isinstance(message, Event):
                 self.events.add(message)
                 if isinstance(message.report, RebalanceReport):
