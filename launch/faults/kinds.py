@@ -16,7 +16,7 @@ from launch.network import Network
 
 AFTER = (0.1, 0.7)
 """Fraction of the pieces of all answers that has arrived when a fault comes."""
-DELAY_S = {"kill_in_recovery": (0.03, 0.3), "hang_in_recovery": (0.03, 0.3), "fork": (0.0, 0.4)}
+DELAY_S = {"kill_in_recovery": (0.03, 0.12), "hang_in_recovery": (0.03, 0.3), "fork": (0.0, 0.4)}
 """From the first victim to the second: as long as detection and recovery take. From the moment that a fork begins to
 load to the victim: as long as the demo model takes."""
 DAEMON = "elastic_moe.backup.daemon"

@@ -275,7 +275,7 @@ def test_two_faults_by_the_command_line():
 @pytest.mark.slow
 @pytest.mark.timeout(170)
 def test_ranks_are_killed_in_a_recovery():
-    found = run_chaos("chaos.faults=3", "chaos.kinds=kill_in_recovery")
+    found = run_chaos("chaos.faults=4", "chaos.kinds=kill_in_recovery")
     assert found["killed_in_recovery"] > 0
 
 
