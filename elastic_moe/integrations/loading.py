@@ -109,9 +109,10 @@ class Loading:
             if runtime.is_member:  # a founder has nothing to wait for
                 raise CheckpointError(str(error)) from error
             raise
-        for memory in (self._gpus, holders):
-            if memory:
-                memory.close()
+        finally:
+            for memory in (self._gpus, holders):
+                if memory:
+                    memory.close()
         self._say()
         materialize(model, runtime.device, reader.missing if reader else untied(model))
         state = model.state_dict()

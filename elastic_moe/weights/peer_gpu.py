@@ -83,24 +83,23 @@ class PeerGpus(Source):
         load = Counter[_Peer]()
         before: list[Came] = []
         self._stream.wait_stream(torch.cuda.current_stream())
-        for begin in range(0, len(wants) if self._peers else 0, AT_ONCE):
-            copied = torch.cuda.Event() if before else None
-            if copied:
-                copied.record(self._stream)
-            coming = []
-            for want in wants[begin : begin + AT_ONCE]:
-                able = [peer for peer in self._peers if (want.layer, want.expert) in peer.slots]
-                peer = min(able, key=lambda peer: load[peer], default=None)
-                if peer and self._bring(peer, want, landing.open(want)):
-                    load[peer] += 1
-                    coming.append(Came(want, peer.origin))
-            if copied:
+        try:
+            for begin in range(0, len(wants) if self._peers else 0, AT_ONCE):
+                copied = self._stream.record_event()
+                coming = []
+                for want in wants[begin : begin + AT_ONCE]:
+                    able = [peer for peer in self._peers if (want.layer, want.expert) in peer.slots]
+                    peer = min(able, key=lambda peer: load[peer], default=None)
+                    if peer and self._bring(peer, want, landing.open(want)):
+                        load[peer] += 1
+                        coming.append(Came(want, peer.origin))
                 copied.synchronize()
                 yield before
-            before = coming
-        if before:
+                before = coming
             self._stream.synchronize()
             yield before
+        finally:  # a copy that nobody waits for must not land on what another source brings
+            self._stream.synchronize()
 
     def _bring(self, peer: _Peer, want: Want, out: Sequence[torch.Tensor]) -> bool:
         """Queue the copies of an expert; whether all are."""
@@ -132,12 +131,14 @@ class PeerGpus(Source):
         holders, peers = self._find(), []
         links: list[Link[None]] = [Link(holder.address, holder.wire, holder.endpoint) for holder in holders]
         origins = {holder.address: holder.origin for holder in holders}
-        for link in greet(links, self._deadlines.weights_s, self._deadlines.greeting_s) if links else ():
-            if link.holding.form == self._form and (shared := self._ask(link)):
-                named = {name: dense.digest for name, dense in link.holding.dense.items()}
-                peers.append(_Peer(origins[link.address], shared, named, _slots(shared)))
-        for link in links:
-            link.close()
+        try:
+            for link in greet(links, self._deadlines.weights_s, self._deadlines.greeting_s) if links else ():
+                if link.holding.form == self._form and (shared := self._ask(link)):
+                    named = {name: dense.digest for name, dense in link.holding.dense.items()}
+                    peers.append(_Peer(origins[link.address], shared, named, _slots(shared)))
+        finally:
+            for link in links:
+                link.close()
         return peers
 
     def _ask(self, link: Link[None]) -> Shared | None:

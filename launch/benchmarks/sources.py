@@ -119,9 +119,11 @@ def _other_process(act: Callable[..., None], *args: object) -> Iterator[Any]:
     process = spawn.Process(target=act, args=(*args, there), daemon=True)
     process.start()
     there.close()
-    yield here.recv()
-    process.kill()
-    process.join()
+    try:
+        yield here.recv()
+    finally:
+        process.kill()
+        process.join()
 
 
 def _tell_gpu_limit(num_bytes: int, repeats: int, parent: Any) -> None:

@@ -69,6 +69,12 @@ def test_attention_by_pages_is_masked_attention(monkeypatch: pytest.MonkeyPatch,
     assert tokens(**settings) == expected
 
 
+def test_it_warms_up_with_more_tokens_than_a_request_may_have(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(attention, "attend", slow)
+    monkeypatch.setattr(attention, "supports", lambda _: True)
+    Harness(model(), max_model_len=4, max_batch_tokens=40, graph_tokens=8, max_requests=8).batcher.warm_up()
+
+
 def test_who_has_it():
     on_cpu = model()
     assert not supports(on_cpu)

@@ -28,8 +28,6 @@ SHARES = 8
 """Programs that share the segments of a query in a batch of few tokens."""
 ROWS, MANY_ROWS = 16, 64
 """Queries times heads of a tile, in batches of few and of many tokens."""
-
-
 NOT_DONE = ("sliding_window", "softcap", "s_aux", "position_bias")
 """Arguments of attention functions that `supports` has not seen in a config, if a layer gives them all the same."""
 
@@ -69,7 +67,7 @@ def supports(model: PreTrainedModel) -> bool:
     """Whether `attend` computes what the model's own attention does, on its device."""
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    own = {"sliding_window": None, "attn_logit_softcapping": None, "qk_head_dim": None, "attention_chunk_size": None}
+    own = ("sliding_window", "attn_logit_softcapping", "qk_head_dim", "attention_chunk_size")
     plain = kinds == {"full_attention"} and not any(getattr(config, key, None) for key in own)
     plain = plain and not any(hasattr(module, "sinks") for module in model.modules())
     return (

@@ -133,7 +133,9 @@ class Batcher:
         pad_values(self._processor.cache, model)
         if attention.wanted(model, config.attention):
             of_model = getattr(model.config.get_text_config(), "max_position_embeddings", config.cache_capacity)
-            attention.switch(model, self._processor, min(config.cache_capacity, config.max_model_len or of_model))
+            longest = min(config.cache_capacity, config.max_model_len or of_model)
+            of_warm_up = config.max_batch_tokens + config.page_size  # of one request, however long those are
+            attention.switch(model, self._processor, max(longest, of_warm_up))
         self._runner = SeededRunner(self._processor.model_runner, self._rule, self._sizes)
         self._processor.model_runner = self._runner
 

@@ -70,10 +70,12 @@ def fuse_rotary(model: PreTrainedModel) -> bool:
     if not _is_same(lambda: own(query, key, cos, sin), lambda: rotate(query, key, cos, sin), like.dtype):
         return False
 
-    def of_family(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *more: Any) -> Any:
+    def of_family(
+        q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *more: Any, **named: Any
+    ) -> Any:
         whole = q.shape[-1] == cos.shape[-1] and cos.dim() == 3
-        plain = q.is_cuda and not more and len(q) == 1 and whole
-        return rotate(q, k, cos, sin) if plain else own(q, k, cos, sin, *more)
+        plain = q.is_cuda and not more and not named and len(q) == 1 and whole
+        return rotate(q, k, cos, sin) if plain else own(q, k, cos, sin, *more, **named)
 
     setattr(of_family, OURS, True)
     setattr(family, ROTARY, of_family)
