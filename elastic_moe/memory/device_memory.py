@@ -5,6 +5,8 @@ somebody else that is under way still lands in memory.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -65,49 +67,44 @@ def detach(block: Block) -> None:
 
 def copy(target: int, source: int, num_bytes: int, stream: torch.cuda.Stream) -> None:
     """Queue a copy between device addresses, mapped peers included. The copy engine does it; no kernel runs."""
-    _checked(_driver().cuMemcpyAsync(target, source, num_bytes, stream.cuda_stream))
+    with _context_of(stream.device) as cuda:
+        _checked(cuda.cuMemcpyAsync(target, source, num_bytes, stream.cuda_stream))
 
 
-def use(device: torch.device) -> None:
-    """Have this thread work with that GPU. torch's `set_device` alone leaves a new thread without a context, of which
-    the driver's calls are part."""
-    cuda = _driver()
-    (context,) = _checked(cuda.cuDevicePrimaryCtxRetain(device.index))
-    _checked(cuda.cuCtxSetCurrent(context))
-
-
-def export(address: int) -> tuple[bytes, int]:
-    """The driver's name of the allocation that a device address lies in, for other processes; and where it lies in it.
+def export(address: int, device: torch.device) -> tuple[bytes, int]:
+    """The driver's name of the allocation that an address of `device` lies in, for other processes; and where it lies
+    in it.
 
     Raises:
         RuntimeError: it is memory that has no such name (of `allocate`, or of torch's expandable segments).
     """
-    cuda = _driver()
-    base, _ = _checked(cuda.cuMemGetAddressRange(address))
-    (handle,) = _checked(cuda.cuIpcGetMemHandle(base))
+    with _context_of(device) as cuda:
+        base, _ = _checked(cuda.cuMemGetAddressRange(address))
+        (handle,) = _checked(cuda.cuIpcGetMemHandle(base))
     return bytes(handle.reserved), address - int(base)
 
 
-def open_exported(allocation: bytes) -> int:
-    """The address here of an allocation that another process has exported.
+def open_exported(allocation: bytes, device: torch.device) -> int:
+    """The address, for copies by `device`, of an allocation that another process has exported.
 
     Raises:
-        PeerLost: it is there no more, or cannot be reached from this process's GPU.
+        PeerLost: it is there no more, or cannot be reached from `device`.
     """
-    cuda = _driver()
-    handle = cuda.CUipcMemHandle()
+    handle = _driver().CUipcMemHandle()
     handle.reserved = allocation
-    flag = cuda.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
+    flag = _driver().CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
     try:
-        (address,) = _checked(cuda.cuIpcOpenMemHandle(handle, flag))
+        with _context_of(device) as cuda:
+            (address,) = _checked(cuda.cuIpcOpenMemHandle(handle, flag))
     except RuntimeError as error:
         raise PeerLost(f"memory of another process's GPU cannot be mapped: {error}") from error
     return int(address)
 
 
-def close_exported(address: int) -> None:
-    """Give such a mapping back. No copy may be using it."""
-    _checked(_driver().cuIpcCloseMemHandle(address))
+def close_exported(address: int, device: torch.device) -> None:
+    """Give such a mapping of `device` back. No copy may be using it."""
+    with _context_of(device) as cuda:
+        _checked(cuda.cuIpcCloseMemHandle(address))
 
 
 def as_tensor(block: Block, device: torch.device) -> torch.Tensor:
@@ -148,6 +145,25 @@ def _properties(device: torch.device) -> Any:
 
 def _descriptor_type() -> Any:
     return _driver().CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+
+
+@contextmanager
+def _context_of(device: torch.device) -> Iterator[Any]:
+    """The driver, working with that GPU whatever thread calls: a new thread has no context of its own, or that of GPU 0
+    as soon as torch has called there."""
+    cuda = _driver()
+    _checked(cuda.cuCtxPushCurrent(_primary_context(device.index)))
+    try:
+        yield cuda
+    finally:
+        _checked(cuda.cuCtxPopCurrent())
+
+
+@cache
+def _primary_context(index: int) -> Any:
+    """The one that torch uses, too."""
+    (context,) = _checked(_driver().cuDevicePrimaryCtxRetain(index))
+    return context
 
 
 def _checked(answer: tuple[Any, ...]) -> tuple[Any, ...]:

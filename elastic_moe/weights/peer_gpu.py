@@ -57,16 +57,16 @@ class PeerGpus(Source):
 
     def close(self) -> None:
         """Give their memory back to them."""
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(self._stream.device)
         for address in filter(None, self._mapped.values()):
-            device_memory.close_exported(address)
+            device_memory.close_exported(address, self._stream.device)
         self._mapped.clear()
         vars(self).pop("_peers", None)
 
     def dense(self, out: Mapping[str, torch.Tensor]) -> list[str]:
         """Fill tensors with the dense ones of these names. Returns the names of those that are right."""
         copied: dict[str, int] = {}
-        self._stream.wait_stream(torch.cuda.current_stream())
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         for name, here in out.items():
             peer = next((peer for peer in self._peers if name in peer.shared.dense), None)
             there = peer.shared.dense[name] if peer else None
@@ -82,7 +82,7 @@ class PeerGpus(Source):
         """See `Source.fetch`. What is not told of, nobody shares. While some are verified the next are copied."""
         load = Counter[_Peer]()
         before: list[Came] = []
-        self._stream.wait_stream(torch.cuda.current_stream())
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         try:
             for begin in range(0, len(wants) if self._peers else 0, AT_ONCE):
                 copied = self._stream.record_event()
@@ -120,7 +120,7 @@ class PeerGpus(Source):
         if allocation not in self._mapped:
             self._mapped[allocation] = 0
             try:
-                self._mapped[allocation] = device_memory.open_exported(bytes.fromhex(allocation))
+                self._mapped[allocation] = device_memory.open_exported(bytes.fromhex(allocation), self._stream.device)
             except PeerLost as error:
                 log.warning("%s", error)
         return self._mapped[allocation]

@@ -65,7 +65,6 @@ class EngineShelf:
         tensors = [[getattr(layer, name) for name in layer.layout.names] for layer in store.layers]
         if not tensors[0][0].is_cuda:
             return Shared()
-        self._enter(tensors[0][0].device)
         try:
             return Shared(
                 store.held.tolist(),
@@ -90,15 +89,10 @@ class EngineShelf:
         )
         return Gift(header, [t.contiguous().view(-1).view(torch.uint8).numpy().data for t in tensors])
 
-    def _enter(self, device: torch.device) -> torch.cuda.Stream:
-        """Have the thread that asks work with that GPU, and give it a stream there."""
-        if self._stream is None:
-            device_memory.use(device)
-            self._stream = torch.cuda.Stream(device)
-        return self._stream
-
     def _to_host(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        stream = self._enter(tensors[0].device)
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(tensors[0].device)
+        stream = self._stream
         with torch.cuda.stream(stream):
             copies = [torch.empty_like(t, device="cpu", pin_memory=True).copy_(t, non_blocking=True) for t in tensors]
         stream.synchronize()
@@ -106,5 +100,5 @@ class EngineShelf:
 
 
 def _shared(tensor: torch.Tensor) -> GpuTensor:
-    allocation, offset = device_memory.export(tensor.data_ptr())
+    allocation, offset = device_memory.export(tensor.data_ptr(), tensor.device)
     return GpuTensor(allocation.hex(), offset, str(tensor.dtype), list(tensor.shape))

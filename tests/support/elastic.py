@@ -144,7 +144,7 @@ class _Seats:
 
     def _start(self, rank: int, rejoin: View | None) -> None:
         lighthouse = self._lighthouse if rank == 0 else ""
-        self._proofs[rank] = proof = f"life {self._lives[rank]} of rank {rank}"
+        self._proofs[rank] = proof = f"life {self._lives[rank]} of rank {rank} in {self._folder}"
         start = SeatStart(
             self._ranks.launch(rank),
             lighthouse=lighthouse,
