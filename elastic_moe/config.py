@@ -253,7 +253,7 @@ class ServingConfig:
     cuda_graphs: bool = setting(
         True, "with exchange.kind=symmetric: forwards in CUDA graphs, if no layer waits for the GPU"
     )
-    fused_kernels: bool = setting(True, "norms and rotary embeddings by one kernel each, on a GPU")
+    fused_kernels: bool = setting(True, "norms, rotary embeddings, routers by one kernel each, on a GPU")
     attention: str = setting(
         "auto",
         f"one of {', '.join(ATTENTIONS)} (paged: from the cache's pages, on a GPU; auto: paged where the model allows)",

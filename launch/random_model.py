@@ -21,7 +21,7 @@ SHAPE: dict[str, Any] = {
     "head_dim": 64,
     "num_experts": 16,
     "num_experts_per_tok": 2,
-    "max_position_embeddings": 1024,
+    "max_position_embeddings": 8192,
     "initializer_range": 0.05,
 }
 """4 layers x 16 experts of 1.6M parameters: 6.3 MB each in float32, 403 MB in all."""

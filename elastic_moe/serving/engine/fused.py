@@ -1,4 +1,5 @@
-"""Parts of transformers models that are many small kernels, as one each: norms and rotary embeddings, on a GPU.
+"""Parts of transformers models that are many small kernels, as one each: norms, rotary embeddings and the choice of
+experts, on a GPU.
 
 Whether a part may be replaced is found out by trying: the replacement has to give what the model's own code gives for
 random inputs. So it holds for families that nobody thought of, and leaves alone those that do something else.
@@ -8,6 +9,7 @@ import importlib
 import logging
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +24,8 @@ ROTARY = "apply_rotary_pos_emb"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Of one rounding more or less, relative and absolute."""
 
+TOKENS_TRIED = 16
+"""By a router."""
 OURS = "of_elastic_moe"
 """An attribute of a function that has been put in its place."""
 
@@ -33,8 +37,9 @@ def fuse(model: PreTrainedModel) -> None:
     if model.device.type != "cuda":
         return
     norms = sum(fuse_norm(module) for module in model.modules() if type(module).__name__.endswith("RMSNorm"))
+    routers = sum(fuse_router(module) for module in model.modules() if type(module).__name__.endswith("Router"))
     rotary = fuse_rotary(model)
-    log.info("one kernel each: %d norms%s", norms, ", rotary embeddings" if rotary else "")
+    log.info("one kernel each: %d norms, %d routers%s", norms, routers, ", rotary embeddings" if rotary else "")
 
 
 @torch.no_grad()
@@ -53,6 +58,45 @@ def fuse_norm(norm: nn.Module) -> bool:
 
     norm.forward = forward
     return True
+
+
+@torch.no_grad()
+def fuse_router(router: nn.Module) -> bool:
+    """Have one kernel choose the experts, if this router takes the `top_k` largest of a softmax, normalized or not.
+    Equal scores may change places; which experts are chosen stays the same."""
+    weight, top_k = getattr(router, "weight", None), getattr(router, "top_k", None)
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 2 or not isinstance(top_k, int) or _kernels() is None:
+        return False
+    own, width = router.forward, weight.shape[1]
+    tried = _random(weight, TOKENS_TRIED, width)
+
+    def forward(hidden_states: torch.Tensor, *, normalized: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logits = F.linear(hidden_states.reshape(-1, width), router.weight)  # pyright: ignore[reportArgumentType]
+        return logits, *route(logits, top_k, normalized=normalized)
+
+    def by_expert(logits: torch.Tensor, scores: torch.Tensor, chosen: torch.Tensor) -> list[torch.Tensor]:
+        return [logits, chosen.sort().values, torch.zeros_like(logits).scatter(1, chosen, scores)]
+
+    for normalized in (True, False):
+        ours = partial(forward, normalized=normalized)
+        if _is_same(lambda: by_expert(*own(tried)), lambda ours=ours: by_expert(*ours(tried)), weight.dtype):
+            router.forward = ours
+            return True
+    return False
+
+
+def route(logits: torch.Tensor, top_k: int, *, normalized: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of logits [T, E]: the softmax of the `top_k` largest in falling order, [T, top_k] of the same dtype, and whose
+    they are, int64 [T, top_k]."""
+    num_tokens, num_experts = logits.shape
+    scores = logits.new_empty(num_tokens, top_k)
+    chosen = logits.new_empty(num_tokens, top_k, dtype=torch.int64)
+    if num_tokens:
+        _kernels().route[(num_tokens,)](
+            logits.contiguous(), scores, chosen, num_experts,
+            top_k, normalized, _power_of_2(num_experts), _power_of_2(top_k), num_warps=1 if num_experts <= 512 else 4,
+        )  # fmt: skip
+    return scores, chosen
 
 
 def fuse_rotary(model: PreTrainedModel) -> bool:
@@ -94,9 +138,13 @@ def rotate(
     _kernels().rotate[(num_tokens, blocks)](
         query, key, turned, turned_keys, cos.contiguous(), sin.contiguous(),
         query.stride(2), query.stride(1), key.stride(2), key.stride(1),
-        heads, kv_heads, half, 1 << (half - 1).bit_length(), at_once,
+        heads, kv_heads, half, _power_of_2(half), at_once,
     )  # fmt: skip
     return turned.transpose(0, 1).unsqueeze(0), turned_keys.transpose(0, 1).unsqueeze(0)
+
+
+def _power_of_2(number: int) -> int:
+    return 1 << (number - 1).bit_length()
 
 
 def _random(like: torch.Tensor, *shape: int) -> torch.Tensor:
@@ -109,15 +157,20 @@ def _is_same(own: Callable[[], Any], ours: Callable[[], Any], dtype: torch.dtype
     within = TOLERANCE.get(dtype, 0.0)
     try:
         pairs = list(zip(own(), ours(), strict=True))
-        return all(a.shape == b.shape and torch.allclose(a, b, rtol=within, atol=within) for a, b in pairs)
+        return all(a.shape == b.shape and a.dtype == b.dtype and _are_close(a, b, within) for a, b in pairs)
     except (RuntimeError, TypeError, ValueError) as error:
         log.debug("not replaced: %s", error)
         return False
 
 
+def _are_close(one: torch.Tensor, other: torch.Tensor, within: float) -> bool:
+    within = within if one.is_floating_point() else 0.0
+    return torch.allclose(one, other, rtol=within, atol=within)
+
+
 def _kernels() -> Any:
     """None where Triton is not installed."""
     try:
-        return importlib.import_module("elastic_moe.serving.engine.rotary_kernels")
+        return importlib.import_module("elastic_moe.serving.engine.fused_kernels")
     except ImportError:
         return None

@@ -1,4 +1,4 @@
-"""Rotary embedding of queries and keys in one launch, instead of some ten of torch for each of them."""
+"""Rotary embeddings, and the choice of experts, in one launch each instead of some ten of torch."""
 
 # pyright: reportMissingImports=false
 
@@ -40,3 +40,33 @@ def rotate(
     other = second * cos_second[None, :] + first * sin_second[None, :]
     tl.store(target, turned.to(query_out_ptr.dtype.element_ty), mask=wanted)
     tl.store(target + HALF, other.to(query_out_ptr.dtype.element_ty), mask=wanted)
+
+
+@triton.jit
+def route(
+    logits_ptr, scores_ptr, chosen_ptr, num_experts,
+    TOP_K: tl.constexpr, NORMALIZED: tl.constexpr, EXPERTS: tl.constexpr, PLACES: tl.constexpr,
+):  # fmt: skip
+    """Program (token): softmax over its logits [T, num_experts], the TOP_K largest in falling order, of equals the
+    lower number first, and their scores [T, TOP_K], which then sum up to 1 if NORMALIZED. EXPERTS and PLACES are
+    num_experts and TOP_K or the next power of two. Of logits that are not numbers some expert is chosen."""
+    token = tl.program_id(0).to(tl.int64)
+    experts = tl.arange(0, EXPERTS)
+    inside = experts < num_experts
+    logits = tl.load(logits_ptr + token * num_experts + experts, mask=inside, other=float("-inf")).to(tl.float32)
+    powers = tl.exp(logits - tl.max(logits, axis=0))
+    left = tl.where(inside, powers / tl.sum(powers, axis=0), -1.0)
+    places = tl.arange(0, PLACES)
+    scores = tl.zeros((PLACES,), tl.float32)
+    chosen = tl.zeros((PLACES,), tl.int32)
+    for place in tl.static_range(TOP_K):
+        best = tl.max(left, axis=0)
+        expert = tl.minimum(tl.min(tl.where(left == best, experts, EXPERTS), axis=0), num_experts - 1)
+        scores = tl.where(places == place, best, scores)
+        chosen = tl.where(places == place, expert, chosen)
+        left = tl.where(experts == expert, -1.0, left)
+    if NORMALIZED:
+        scores = scores / tl.sum(scores, axis=0)
+    wanted = places < TOP_K
+    tl.store(scores_ptr + token * TOP_K + places, scores.to(scores_ptr.dtype.element_ty), mask=wanted)
+    tl.store(chosen_ptr + token * TOP_K + places, chosen.to(tl.int64), mask=wanted)
