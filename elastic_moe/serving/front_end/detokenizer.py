@@ -82,6 +82,8 @@ class StopStrings:
         """Add text; returns what may be shown. After a stop string (`found`) nothing more is."""
         if self.found:
             return ""
+        if not self._stops:
+            return text
         text = self._held + text
         cuts = [at for stop in self._stops if (at := text.find(stop)) >= 0]
         self.found = bool(cuts)
@@ -96,7 +98,7 @@ class StopStrings:
 
     def _num_held(self, text: str) -> int:
         """Length of the longest end of `text` that begins a stop string."""
-        longest = max((len(stop) for stop in self._stops), default=1) - 1
+        longest = max(map(len, self._stops)) - 1
         lengths = range(min(longest, len(text)), 0, -1)
         return next((n for n in lengths if any(stop.startswith(text[-n:]) for stop in self._stops)), 0)
 

@@ -4,7 +4,6 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator
 from types import TracebackType
 
 import zmq.asyncio
@@ -57,8 +56,9 @@ class Generation:
         self.outcome = CANCELLED
         """What becomes of the request, for the metrics; the reader sets it when it has the whole answer."""
         self.last_arrival_s: float | None = None
-        self.changed = asyncio.Event()
         self._gateway = gateway
+        self._changed = asyncio.Event()
+        self._num_read = 0
 
     def __enter__(self) -> "Generation":
         """Nothing to do: the request is in flight since it was opened."""
@@ -68,22 +68,25 @@ class Generation:
         """Drop the request."""
         self._gateway.drop(self)
 
-    async def updates(self) -> AsyncIterator[tuple[list[int], Finish]]:
-        """New tokens as they come, with the engine's `finish`: STOP or LENGTH in the last update, else NOT_YET.
+    def wake(self) -> None:
+        """Let the reader see what has changed in the entry."""
+        self._changed.set()
+
+    async def update(self) -> tuple[list[int], Finish]:
+        """Wait for tokens that were not read yet; with the engine's `finish`: STOP or LENGTH, after which there are no
+        more, else NOT_YET.
 
         Raises:
             GenerationFailed: the engine gave up, or (`Stopping`) the front end did.
         """
-        entry, num_read = self.entry, 0
-        while True:
-            await self.changed.wait()
-            self.changed.clear()
-            if entry.finish is Finish.ERROR:
-                raise (Stopping if self._gateway.stopping else GenerationFailed)(entry.error)
-            tokens, num_read = entry.tokens[num_read:], len(entry.tokens)
-            yield tokens, entry.finish
-            if entry.finish:
-                return
+        await self._changed.wait()
+        self._changed.clear()
+        entry = self.entry
+        if entry.finish is Finish.ERROR:
+            raise (Stopping if self._gateway.stopping else GenerationFailed)(entry.error)
+        tokens = entry.tokens[self._num_read :]
+        self._num_read += len(tokens)
+        return tokens, entry.finish
 
 
 class Gateway:
@@ -187,7 +190,7 @@ class Gateway:
             entry.orphan()
             if entry.finish:
                 logger.error("request %s: %s", entry.request_id, entry.error)
-                self._generations[entry.request_id].changed.set()
+                self._generations[entry.request_id].wake()
         logger.info("epoch %d: ranks %s; %d requests to move", view.epoch, list(view.ranks), len(orphans))
         self._ranks_changed()
 
@@ -230,7 +233,7 @@ class Gateway:
             if not generation.entry.finish:
                 self._cancel(generation.entry)
                 generation.entry.fail(reason)
-                generation.changed.set()
+                generation.wake()
 
     def close(self) -> None:
         """End the background work and close all links."""
@@ -351,4 +354,4 @@ class Gateway:
             else:
                 self.metrics.inter_token.observe(now_s - generation.last_arrival_s)
             generation.last_arrival_s = now_s
-        generation.changed.set()
+        generation.wake()
