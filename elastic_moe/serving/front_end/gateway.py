@@ -307,8 +307,8 @@ class Gateway:
         while True:
             message = await link.receive()
             if isinstance(message, Step):
-                for tokens in message.tokens:
-                    self._take(tokens)
+                now_s = time.monotonic()
+                self.metrics.generated_tokens.inc(sum([self._take(tokens, now_s) for tokens in message.tokens]))
             elif isinstance(message, Event):
                 self.events.add(message)
                 if isinstance(message.report, RebalanceReport):
@@ -330,11 +330,11 @@ class Gateway:
         if self._view is None or status.view.epoch > self._view.epoch:
             self.set_view(status.view)
 
-    def _take(self, message: Tokens) -> None:
-        """Enter new tokens into the journal and wake whoever reads them."""
+    def _take(self, message: Tokens, now_s: float) -> int:
+        """Enter new tokens into the journal and wake whoever reads them; returns how many there are."""
         entry = self._journal.addressee(message)
         if entry is None:
-            return
+            return 0
         was_on_trial = entry.on_trial
         num_new = None if message.finish is Finish.DROPPED else entry.apply(message)
         if num_new is None:  # dropped, or tokens are missing before these: begin anew from those that are here
@@ -342,16 +342,15 @@ class Gateway:
             self._cancel(entry)
             entry.owner = None
             self._place()
-            return
+            return 0
         if was_on_trial and not entry.on_trial:
             self._place()
         generation = self._generations[entry.request_id]
         if num_new:
-            now_s = time.monotonic()
-            self.metrics.generated_tokens.inc(num_new)
             if generation.last_arrival_s is None:
                 self.metrics.time_to_first_token.observe(now_s - entry.arrived_s)
             else:
                 self.metrics.inter_token.observe(now_s - generation.last_arrival_s)
             generation.last_arrival_s = now_s
         generation.wake()
+        return num_new
