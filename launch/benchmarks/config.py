@@ -58,7 +58,8 @@ class BenchConfig:
     ranks: int = setting(4, "rebalance, gpu_recovery, rfork, rejoin: ranks of each server, all on this machine")
     streams: int = setting(12, "rebalance, gpu_recovery, rfork: streams at once")
     tokens: int = setting(
-        100, "rebalance, gpu_serve, rfork: tokens of a stream; rebalance: twice as many streams, as the domain shifts"
+        100,
+        "rebalance, gpu_serve, front_end, rfork: tokens of a stream; rebalance: twice as many streams",
     )
     redundant_slots: int = setting(1, "rebalance, gpu_recovery, rejoin: elastic.redundant_slots of the servers")
     interval_s: float = setting(1.0, "rebalance: eplb.interval_s of the servers")
@@ -67,7 +68,7 @@ class BenchConfig:
 
     shape: str = setting("small", f"r* on cuda, gpu_*, sources: random model, one of {', '.join(SHAPES)}")
     rank_list: str = setting("1,2,4", "exchange, gpu_serve, scale: comma list of numbers of ranks; rfork: of forks")
-    stream_list: str = setting("1,8,32", "gpu_serve: comma list of numbers of streams at once")
+    stream_list: str = setting("1,8,32", "gpu_serve, front_end: comma list of numbers of streams at once")
     dtype: str = setting("bfloat16", "rebalance, gpu_serve, gpu_recovery, rfork, rejoin: model.dtype of the servers")
     attention: str = setting("auto", "gpu_serve: serving.attention of the servers")
     words: int = setting(0, "gpu_serve: words of a prompt, at least")

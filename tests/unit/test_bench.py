@@ -91,6 +91,7 @@ MISTAKES = {
 OF_OTHERS = {
     "balance": ("device=cuda", "fp8=true"),
     "exchange": ("sizes=1x2x2x1", "ranks=2", "plot=a.png"),
+    "front_end": ("streams=3", "device=cuda"),
     "gpu_recovery": ("tokens=3", "fp8=true"),
     "gpu_serve": ("repeats=3", "streams=3"),
     "layer": ("repeats=3", "shape=small"),

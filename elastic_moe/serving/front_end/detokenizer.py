@@ -13,6 +13,9 @@ MAX_INCOMPLETE = 3
 """Bytes of an incomplete UTF-8 sequence, at most: no more replacement characters than this can still change."""
 KEPT = 12
 """Tokens kept when the window is trimmed, and taken from the prompt: more than `MAX_INCOMPLETE` characters can have."""
+KEPT_SETTLED = 4
+"""Tokens kept while no text is held back. As many more are let come before the next cut, for what a token costs is the
+decoding of all that are kept."""
 WINDOW = 4 * KEPT
 """Tokens in the window at most, which bounds the cost of a token."""
 
@@ -46,7 +49,7 @@ class Detokenizer:
         settled = max(self._sent, len(text) - held)
         piece = text[self._sent : settled]
         self._sent = settled
-        if full or (not held and len(self._window) >= 2 * KEPT):
+        if full or (not held and len(self._window) >= 2 * KEPT_SETTLED):
             self._trim(text)
         return piece
 
@@ -61,7 +64,8 @@ class Detokenizer:
         unsent = len(text) - self._sent
         if len(self._window) >= WINDOW:  # tokens that are never text, such as special ones, can keep it from shrinking
             self._window = [t for t in self._window if self._decode((t, t))]
-        for keep in range(KEPT, KEPT + 4):  # a character has at most 4 bytes: one of 4 boundaries is not inside one
+        least = KEPT if unsent else KEPT_SETTLED
+        for keep in range(least, least + 4):  # a character has at most 4 bytes: one of 4 boundaries is not inside one
             tail = self._decode(self._window[-keep:])
             if text.endswith(tail) and len(tail) > unsent:  # not >=: what is unsent must begin after the cut
                 self._window = self._window[-keep:]
@@ -82,6 +86,8 @@ class StopStrings:
         """Add text; returns what may be shown. After a stop string (`found`) nothing more is."""
         if self.found:
             return ""
+        if not self._stops:
+            return text
         text = self._held + text
         cuts = [at for stop in self._stops if (at := text.find(stop)) >= 0]
         self.found = bool(cuts)
@@ -96,7 +102,7 @@ class StopStrings:
 
     def _num_held(self, text: str) -> int:
         """Length of the longest end of `text` that begins a stop string."""
-        longest = max((len(stop) for stop in self._stops), default=1) - 1
+        longest = max(map(len, self._stops)) - 1
         lengths = range(min(longest, len(text)), 0, -1)
         return next((n for n in lengths if any(stop.startswith(text[-n:]) for stop in self._stops)), 0)
 

@@ -4,7 +4,6 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator
 from types import TracebackType
 
 import zmq.asyncio
@@ -57,8 +56,9 @@ class Generation:
         self.outcome = CANCELLED
         """What becomes of the request, for the metrics; the reader sets it when it has the whole answer."""
         self.last_arrival_s: float | None = None
-        self.changed = asyncio.Event()
         self._gateway = gateway
+        self._changed = asyncio.Event()
+        self._num_read = 0
 
     def __enter__(self) -> "Generation":
         """Nothing to do: the request is in flight since it was opened."""
@@ -68,22 +68,25 @@ class Generation:
         """Drop the request."""
         self._gateway.drop(self)
 
-    async def updates(self) -> AsyncIterator[tuple[list[int], Finish]]:
-        """New tokens as they come, with the engine's `finish`: STOP or LENGTH in the last update, else NOT_YET.
+    def wake(self) -> None:
+        """Let the reader see what has changed in the entry."""
+        self._changed.set()
+
+    async def update(self) -> tuple[list[int], Finish]:
+        """Wait for tokens that were not read yet; with the engine's `finish`: STOP or LENGTH, after which there are no
+        more, else NOT_YET.
 
         Raises:
             GenerationFailed: the engine gave up, or (`Stopping`) the front end did.
         """
-        entry, num_read = self.entry, 0
-        while True:
-            await self.changed.wait()
-            self.changed.clear()
-            if entry.finish is Finish.ERROR:
-                raise (Stopping if self._gateway.stopping else GenerationFailed)(entry.error)
-            tokens, num_read = entry.tokens[num_read:], len(entry.tokens)
-            yield tokens, entry.finish
-            if entry.finish:
-                return
+        await self._changed.wait()
+        self._changed.clear()
+        entry = self.entry
+        if entry.finish is Finish.ERROR:
+            raise (Stopping if self._gateway.stopping else GenerationFailed)(entry.error)
+        tokens = entry.tokens[self._num_read :]
+        self._num_read += len(tokens)
+        return tokens, entry.finish
 
 
 class Gateway:
@@ -187,7 +190,7 @@ class Gateway:
             entry.orphan()
             if entry.finish:
                 logger.error("request %s: %s", entry.request_id, entry.error)
-                self._generations[entry.request_id].changed.set()
+                self._generations[entry.request_id].wake()
         logger.info("epoch %d: ranks %s; %d requests to move", view.epoch, list(view.ranks), len(orphans))
         self._ranks_changed()
 
@@ -230,7 +233,7 @@ class Gateway:
             if not generation.entry.finish:
                 self._cancel(generation.entry)
                 generation.entry.fail(reason)
-                generation.changed.set()
+                generation.wake()
 
     def close(self) -> None:
         """End the background work and close all links."""
@@ -304,8 +307,8 @@ class Gateway:
         while True:
             message = await link.receive()
             if isinstance(message, Step):
-                for tokens in message.tokens:
-                    self._take(tokens)
+                now_s = time.monotonic()
+                self.metrics.generated_tokens.inc(sum([self._take(tokens, now_s) for tokens in message.tokens]))
             elif isinstance(message, Event):
                 self.events.add(message)
                 if isinstance(message.report, RebalanceReport):
@@ -327,11 +330,11 @@ class Gateway:
         if self._view is None or status.view.epoch > self._view.epoch:
             self.set_view(status.view)
 
-    def _take(self, message: Tokens) -> None:
-        """Enter new tokens into the journal and wake whoever reads them."""
+    def _take(self, message: Tokens, now_s: float) -> int:
+        """Enter new tokens into the journal and wake whoever reads them; returns how many there are."""
         entry = self._journal.addressee(message)
         if entry is None:
-            return
+            return 0
         was_on_trial = entry.on_trial
         num_new = None if message.finish is Finish.DROPPED else entry.apply(message)
         if num_new is None:  # dropped, or tokens are missing before these: begin anew from those that are here
@@ -339,16 +342,15 @@ class Gateway:
             self._cancel(entry)
             entry.owner = None
             self._place()
-            return
+            return 0
         if was_on_trial and not entry.on_trial:
             self._place()
         generation = self._generations[entry.request_id]
         if num_new:
-            now_s = time.monotonic()
-            self.metrics.generated_tokens.inc(num_new)
             if generation.last_arrival_s is None:
                 self.metrics.time_to_first_token.observe(now_s - entry.arrived_s)
             else:
                 self.metrics.inter_token.observe(now_s - generation.last_arrival_s)
             generation.last_arrival_s = now_s
-        generation.changed.set()
+        generation.wake()
+        return num_new

@@ -20,6 +20,7 @@ from elastic_moe.serving.front_end.openai_schema import (
     ChatRequest,
     CompletionRequest,
     GenerationRequest,
+    event,
     usage,
 )
 from elastic_moe.serving.front_end.served_model import ServedModel
@@ -118,7 +119,7 @@ class OpenAIApi:
         if body.stream:
             return _EventStream(generation, _events(generation, text, form, body.include_usage))
         with generation:
-            whole = await _while_connected(request, _collect(generation, text))
+            whole = await _while_connected(request.receive, _collect(generation, text))
         if whole is None:
             return Response(status_code=HTTPStatus.NO_CONTENT)  # nobody is there to read it
         return _json(form.whole(whole, text.finish, usage(len(prompt), text.num_tokens)))
@@ -133,23 +134,22 @@ class _EventStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._generation:
-            await super().__call__(scope, receive, send)
+            await _while_connected(receive, self.stream_response(send))
 
 
-async def _pieces(generation: Generation, text: CompletionText) -> AsyncIterator[str]:
-    """New text as it comes, up to the end of the completion."""
-    async for tokens, finish in generation.updates():
-        piece = text.push(tokens, finish)
-        if text.finish:
-            generation.outcome = text.finish
-        if piece:
-            yield piece
-        if text.finish:
-            return
+async def _next_piece(generation: Generation, text: CompletionText) -> str:
+    """Wait for tokens; the text that they make, maybe none. `text.finish` says whether it is the last."""
+    piece = text.push(*await generation.update())
+    if text.finish:
+        generation.outcome = text.finish
+    return piece
 
 
 async def _collect(generation: Generation, text: CompletionText) -> str:
-    return "".join([piece async for piece in _pieces(generation, text)])
+    pieces = []
+    while not text.finish:
+        pieces.append(await _next_piece(generation, text))
+    return "".join(pieces)
 
 
 async def _events(
@@ -158,30 +158,27 @@ async def _events(
     """The answer as server-sent events. After the first one a failure can only be told by another."""
     try:
         for chunk in form.opening():
-            yield _event(chunk)
-        async for piece in _pieces(generation, text):
-            yield _event(form.piece(piece))
-        yield _event(form.closing(text.finish))
+            yield event(chunk)
+        while not text.finish:
+            if piece := await _next_piece(generation, text):
+                yield form.piece(piece)
+        yield event(form.closing(text.finish))
         if include_usage:
-            yield _event(form.counts(usage(len(generation.entry.prompt), text.num_tokens)))
+            yield event(form.counts(usage(len(generation.entry.prompt), text.num_tokens)))
     except ElasticError as error:
-        yield _event(api_error(error).body)
+        yield event(api_error(error).body)
     yield b"data: [DONE]\n\n"
-
-
-def _event(content: dict[str, object]) -> bytes:
-    return b"data: " + msgspec.json.encode(content) + b"\n\n"
 
 
 def _json(content: dict[str, object]) -> Response:
     return Response(msgspec.json.encode(content), media_type="application/json")
 
 
-async def _while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result | None:
+async def _while_connected(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result | None:
     """The result of `work`; None, with `work` cancelled, when the client goes away before it is done."""
 
     async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
+        while (await receive())["type"] != "http.disconnect":
             pass
 
     working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone())

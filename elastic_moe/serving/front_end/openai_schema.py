@@ -3,9 +3,11 @@
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from http import HTTPStatus
 from typing import Annotated, Any, Literal
 
+import msgspec
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from elastic_moe.serving.front_end.api_errors import ApiError
@@ -159,6 +161,11 @@ def usage(num_prompt: int, num_completion: int) -> dict[str, int]:
     }
 
 
+def event(content: Mapping[str, object]) -> bytes:
+    """A server-sent event."""
+    return b"data: " + msgspec.json.encode(content) + b"\n\n"
+
+
 @dataclass(frozen=True)
 class AnswerFormat:
     """How the answer to one request is written: `chat` or plain completion, whole or in chunks."""
@@ -177,9 +184,16 @@ class AnswerFormat:
         """Chunks before the first text."""
         return [self._chunk({"delta": {"role": "assistant", "content": ""}})] if self.chat else []
 
-    def piece(self, text: str) -> dict[str, object]:
-        """A chunk with new text."""
-        return self._chunk({"delta": {"content": text}} if self.chat else {"text": text})
+    def piece(self, text: str) -> bytes:
+        """The event of a chunk with new text. There is one for almost every token, and only the text differs."""
+        before, after = self._around_piece
+        return before + msgspec.json.encode(text) + after
+
+    @cached_property
+    def _around_piece(self) -> tuple[bytes, bytes]:
+        chunk = self._chunk({"delta": {"content": "\0"}} if self.chat else {"text": "\0"})
+        before, _, after = event(chunk).rpartition(msgspec.json.encode("\0"))
+        return before, after
 
     def closing(self, finish: str) -> dict[str, object]:
         """The chunk that says why the text ended."""
