@@ -248,6 +248,9 @@ class ServingConfig:
     max_model_len: int | None = setting(None, "longest prompt + completion in tokens; null: the model's own limit")
     max_requests: int = setting(32, "requests one rank runs at once; more wait")
     max_batch_tokens: int = setting(512, "tokens one rank puts into one forward step")
+    prefill_tokens: int | None = setting(
+        None, "tokens of prompts in a step while other requests decode; null: what max_batch_tokens leaves"
+    )
     kv_cache_tokens: int = setting(32768, "tokens the paged KV cache of one rank holds")
     page_size: int = setting(32, "tokens in one page of the KV cache (power of two, 4 or more)")
     cuda_graphs: bool = setting(
@@ -274,6 +277,8 @@ class ServingConfig:
         check(known, "serving.attention", self.attention, f"must be one of {', '.join(ATTENTIONS)}")
         for key in ("max_requests", "max_batch_tokens", "graph_tokens"):
             check(getattr(self, key) >= 1, f"serving.{key}", getattr(self, key), "must be 1 or more")
+        some = self.prefill_tokens is None or self.prefill_tokens >= 1
+        check(some, "serving.prefill_tokens", self.prefill_tokens, "must be 1 or more, or null")
         page = self.page_size
         check(page >= 4 and page & (page - 1) == 0, "serving.page_size", page, "must be a power of two, 4 or more")
         tokens = self.kv_cache_tokens

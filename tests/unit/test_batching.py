@@ -145,6 +145,37 @@ def test_what_cannot_fit_is_refused(model, tokens, max_new_tokens):
     assert not harness.batcher.has_requests
 
 
+def test_what_is_longer_than_the_model_takes_is_refused(model):
+    longest = model.config.max_position_embeddings
+    harness = Harness(model, kv_cache_tokens=4 * longest)
+    with pytest.raises(ValueError, match=f"at most {longest}"):
+        harness.submit("a", tokens=[1] * longest, max_new_tokens=1)
+    with pytest.raises(ValueError, match="at most 40"):
+        Harness(model, max_model_len=40).submit("a", tokens=[1] * 32, max_new_tokens=9)
+
+
+def test_a_long_prompt_takes_few_tokens_of_a_step_while_others_decode(model, greedy):
+    harness = Harness(model, max_batch_tokens=16, prefill_tokens=3)
+    sizes: list[int] = []
+    lay_out = harness.batcher._processor.inputs_and_outputs.prepare_batch_tensors
+
+    def counted(requests_in_batch: list, *args: object, **named: object) -> None:
+        sizes.append(sum(future.query_length for future in requests_in_batch))
+        lay_out(requests_in_batch, *args, **named)
+
+    harness.batcher._processor.inputs_and_outputs.prepare_batch_tensors = counted
+    harness.submit("b")
+    while "b" not in harness.tokens:
+        harness.step()
+    assert sizes == [16, 15], "nobody decodes"
+    sizes.clear()
+    harness.submit("c")
+    found = harness.run()
+    assert sizes[:4] == [4, 4, 4, 4], "one token of b, three of the prompt"
+    assert sizes[4] == 5, "b has ended: the rest at once"
+    assert {name: found[name] for name in "bc"} == {name: greedy(name) for name in "bc"}
+
+
 def test_only_whole_pages_count(model):
     harness = Harness(model, kv_cache_tokens=63)
     with pytest.raises(ValueError, match="at most 56, the whole pages of serving\\.kv_cache_tokens=63"):

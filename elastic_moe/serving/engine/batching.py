@@ -131,11 +131,11 @@ class Batcher:
             self._manager.output_router = _Outbox(self._on_output)
             self._processor = self._manager._create_batch_processor()
         pad_values(self._processor.cache, model)
+        of_model = getattr(model.config.get_text_config(), "max_position_embeddings", config.cache_capacity)
+        self._longest = min(config.cache_capacity, config.max_model_len or of_model)
         if attention.wanted(model, config.attention):
-            of_model = getattr(model.config.get_text_config(), "max_position_embeddings", config.cache_capacity)
-            longest = min(config.cache_capacity, config.max_model_len or of_model)
             of_warm_up = config.max_batch_tokens + config.page_size  # of one request, however long those are
-            attention.switch(model, self._processor, max(longest, of_warm_up))
+            attention.switch(model, self._processor, max(self._longest, of_warm_up))
         self._runner = SeededRunner(self._processor.model_runner, self._rule, self._sizes)
         self._processor.model_runner = self._runner
 
@@ -164,11 +164,14 @@ class Batcher:
             ValueError: it cannot fit into the KV cache.
         """
         length, room = len(submit.tokens) + submit.max_new_tokens, self._config.cache_capacity
+        asked = f"{len(submit.tokens)} tokens + {submit.max_new_tokens} new ones"
         if not submit.tokens or submit.max_new_tokens < 1 or length > room:
             raise ValueError(
-                f"{len(submit.tokens)} tokens + {submit.max_new_tokens} new ones: at least 1 of each, and together at "
-                f"most {room}, the whole pages of serving.kv_cache_tokens={self._config.kv_cache_tokens}"
+                f"{asked}: at least 1 of each, and together at most {room}, the whole pages of "
+                f"serving.kv_cache_tokens={self._config.kv_cache_tokens}"
             )
+        if length > self._longest:
+            raise ValueError(f"{asked}: together at most {self._longest}, serving.max_model_len or the model's limit")
         self.cancel(submit.request_id)
         self._requests[submit.request_id] = _Request(submit)
         if submit.alone:
@@ -186,6 +189,7 @@ class Batcher:
         """Take in new and cancelled requests and schedule the next batch. False when there is nothing to compute."""
         while True:
             self._next_trial()
+            self._processor.max_batch_tokens = self._budget()
             try:
                 return self._processor.prepare_next_batch()
             except Exception as error:  # noqa: BLE001 - of any kind; see the class
@@ -227,6 +231,13 @@ class Batcher:
     def forget_graphs(self) -> None:
         """Capture anew: weights or buffers have moved."""
         self._runner.forget_graphs()
+
+    def _budget(self) -> int:
+        """Tokens of the next batch."""
+        most, of_prompts = self._config.max_batch_tokens, self._config.prefill_tokens
+        states = self._processor.scheduler.active_requests.values()
+        decoding = sum(state.status == RequestStatus.DECODING for state in states) if of_prompts else 0
+        return min(most, decoding + (of_prompts or 0)) if decoding else most
 
     def _begin(self, request_id: str) -> None:
         request = self._requests[request_id]

@@ -55,7 +55,8 @@ def route(
     inside = experts < num_experts
     logits = tl.load(logits_ptr + token * num_experts + experts, mask=inside, other=float("-inf")).to(tl.float32)
     powers = tl.exp(logits - tl.max(logits, axis=0))
-    left = tl.where(inside, powers / tl.sum(powers, axis=0), -1.0)
+    total = tl.sum(powers, axis=0)
+    left = tl.where(inside, powers / total, -1.0)
     places = tl.arange(0, PLACES)
     scores = tl.zeros((PLACES,), tl.float32)
     chosen = tl.zeros((PLACES,), tl.int32)
@@ -67,6 +68,7 @@ def route(
         left = tl.where(experts == expert, -1.0, left)
     if NORMALIZED:
         scores = scores / tl.sum(scores, axis=0)
+    scores = tl.where(total == total, scores, float("nan"))  # as torch: the comparisons above pass over such numbers
     wanted = places < TOP_K
     tl.store(scores_ptr + token * TOP_K + places, scores.to(scores_ptr.dtype.element_ty), mask=wanted)
     tl.store(chosen_ptr + token * TOP_K + places, chosen.to(tl.int64), mask=wanted)
