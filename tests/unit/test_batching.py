@@ -173,7 +173,7 @@ def test_a_long_prompt_takes_few_tokens_of_a_step_while_others_decode(model, gre
     found = harness.run()
     assert sizes[:4] == [4, 4, 4, 4], "one token of b, three of the prompt"
     assert sizes[4] == 5, "b has ended: the rest at once"
-    assert {name: found[name] for name in "bc"} == {name: greedy(name) for name in "bc"}
+    assert {name: found[name] for name in "bc"} == {name: greedy[name] for name in "bc"}
 
 
 def test_only_whole_pages_count(model):
