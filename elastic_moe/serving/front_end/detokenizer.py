@@ -124,8 +124,11 @@ class CompletionText:
     def push(self, tokens: Sequence[int], finish: Finish) -> str:
         """Add new tokens and the engine's `finish` (NOT_YET while it goes on); returns the new text to show.
 
-        With `finish` STOP the last token is the end-of-sequence token: counted, not shown.
+        With `finish` STOP the last token is the end-of-sequence token: counted, not shown. Behind the end of the
+        completion nothing is taken any more.
         """
+        if self.finish:
+            return ""
         shown = len(tokens) - (finish is Finish.STOP)
         text = ""
         for position, token in enumerate(tokens):

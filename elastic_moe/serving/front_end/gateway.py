@@ -4,6 +4,7 @@ import asyncio
 import logging
 import secrets
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 import zmq.asyncio
@@ -58,6 +59,8 @@ class Generation:
         self.last_arrival_s: float | None = None
         self._gateway = gateway
         self._changed = asyncio.Event()
+        self._at_once: Callable[[], bool] | None = None
+        self._error: Exception | None = None
         self._num_read = 0
 
     def __enter__(self) -> "Generation":
@@ -70,17 +73,38 @@ class Generation:
 
     def wake(self) -> None:
         """Let the reader see what has changed in the entry."""
-        self._changed.set()
+        try:
+            if self._at_once is None or not self._at_once():
+                self._changed.set()
+        except Exception as error:  # noqa: BLE001 - a bug of this request's reader; the gateway serves others as well
+            self._error = error
+            self._changed.set()
 
-    async def update(self) -> tuple[list[int], Finish]:
-        """Wait for tokens that were not read yet; with the engine's `finish`: STOP or LENGTH, after which there are no
-        more, else NOT_YET.
+    async def update(self, at_once: Callable[[], bool] | None = None) -> tuple[list[int], Finish]:
+        """Wait for a change, and `read`.
+
+        Args:
+            at_once: called at each change while this waits, in the gateway's turn: it may read by itself, and goes on
+                waiting by True. To wake a task for a token costs as much as all else that the gateway does with it.
+
+        Raises:
+            GenerationFailed: see `read`.
+        """
+        self._at_once = at_once
+        await self._changed.wait()
+        self._at_once = None
+        self._changed.clear()
+        if self._error is not None:
+            raise self._error
+        return self.read()
+
+    def read(self) -> tuple[list[int], Finish]:
+        """The tokens that were not read yet, maybe none; with the engine's `finish`: STOP or LENGTH, after which there
+        are no more, else NOT_YET.
 
         Raises:
             GenerationFailed: the engine gave up, or (`Stopping`) the front end did.
         """
-        await self._changed.wait()
-        self._changed.clear()
         entry = self.entry
         if entry.finish is Finish.ERROR:
             raise (Stopping if self._gateway.stopping else GenerationFailed)(entry.error)

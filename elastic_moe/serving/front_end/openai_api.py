@@ -1,33 +1,25 @@
 """The OpenAI API: /v1/completions, /v1/chat/completions, /v1/models."""
 
-import asyncio
 import time
-from collections.abc import AsyncIterator, Coroutine
 from http import HTTPStatus
-from typing import Any, TypeVar
 
 import msgspec
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
 
-from elastic_moe.errors import ElasticError
-from elastic_moe.serving.front_end.api_errors import ApiError, api_error
+from elastic_moe.serving.front_end.answer import EventStream, while_connected, whole_text
+from elastic_moe.serving.front_end.api_errors import ApiError
 from elastic_moe.serving.front_end.detokenizer import CompletionText, Detokenizer
-from elastic_moe.serving.front_end.gateway import Gateway, Generation
+from elastic_moe.serving.front_end.gateway import Gateway
 from elastic_moe.serving.front_end.openai_schema import (
     AnswerFormat,
     ChatRequest,
     CompletionRequest,
     GenerationRequest,
-    event,
     usage,
 )
 from elastic_moe.serving.front_end.served_model import ServedModel
 
 DEFAULT_COMPLETION_TOKENS = 16
-
-Result = TypeVar("Result")
 
 
 class OpenAIApi:
@@ -117,74 +109,13 @@ class OpenAIApi:
             chat=isinstance(body, ChatRequest),
         )
         if body.stream:
-            return _EventStream(generation, _events(generation, text, form, body.include_usage))
+            return EventStream(generation, text, form, include_usage=body.include_usage)
         with generation:
-            whole = await _while_connected(request.receive, _collect(generation, text))
+            whole = await while_connected(request.receive, whole_text(generation, text))
         if whole is None:
             return Response(status_code=HTTPStatus.NO_CONTENT)  # nobody is there to read it
         return _json(form.whole(whole, text.finish, usage(len(prompt), text.num_tokens)))
 
 
-class _EventStream(StreamingResponse):
-    """Server-sent events of one generation, which ends with the response, whatever way that ends."""
-
-    def __init__(self, generation: Generation, events: AsyncIterator[bytes]) -> None:
-        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        self._generation = generation
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._generation:
-            await _while_connected(receive, self.stream_response(send))
-
-
-async def _next_piece(generation: Generation, text: CompletionText) -> str:
-    """Wait for tokens; the text that they make, maybe none. `text.finish` says whether it is the last."""
-    piece = text.push(*await generation.update())
-    if text.finish:
-        generation.outcome = text.finish
-    return piece
-
-
-async def _collect(generation: Generation, text: CompletionText) -> str:
-    pieces = []
-    while not text.finish:
-        pieces.append(await _next_piece(generation, text))
-    return "".join(pieces)
-
-
-async def _events(
-    generation: Generation, text: CompletionText, form: AnswerFormat, include_usage: bool
-) -> AsyncIterator[bytes]:
-    """The answer as server-sent events. After the first one a failure can only be told by another."""
-    try:
-        for chunk in form.opening():
-            yield event(chunk)
-        while not text.finish:
-            if piece := await _next_piece(generation, text):
-                yield form.piece(piece)
-        yield event(form.closing(text.finish))
-        if include_usage:
-            yield event(form.counts(usage(len(generation.entry.prompt), text.num_tokens)))
-    except ElasticError as error:
-        yield event(api_error(error).body)
-    yield b"data: [DONE]\n\n"
-
-
 def _json(content: dict[str, object]) -> Response:
     return Response(msgspec.json.encode(content), media_type="application/json")
-
-
-async def _while_connected(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result | None:
-    """The result of `work`; None, with `work` cancelled, when the client goes away before it is done."""
-
-    async def gone() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-
-    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone())
-    try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        return working.result() if working.done() else None
-    finally:
-        working.cancel()
-        leaving.cancel()

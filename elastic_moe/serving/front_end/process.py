@@ -17,6 +17,7 @@ import uvicorn
 
 from elastic_moe.background import end_process, start_thread
 from elastic_moe.serving.front_end.app import create_app
+from elastic_moe.serving.front_end.connection import Connection
 from elastic_moe.serving.front_end.gateway import Gateway
 from elastic_moe.serving.front_end.listener import url_of
 from elastic_moe.serving.front_end.metrics import Metrics
@@ -92,6 +93,7 @@ class HttpServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,  # pyright: ignore[reportArgumentType]
+                http=Connection,
                 lifespan="off",
                 ws="none",
                 access_log=False,
